@@ -1,0 +1,89 @@
+"""hvmodel: the hypervisor you can import.
+
+Names are imported when first used, so that `import hvmodel` costs next to nothing, and the pure models work where there is neither
+/dev/kvm nor the compiled extension.
+
+    errors, units, value   what can go wrong; sizes and pages; frozen values
+    host, ram              memfd, mappings; RAM blocks
+    kvm                    the binding: Kvm, Vm, Vcpu, Device, typed exits, batches
+    machine                Machine
+    witness                what the kernel says of what we say
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+_FLOORS = ("cli", "errors", "host", "kvm", "machine", "ram", "units", "value", "witness")
+_HOMES = {
+    "hvmodel.machine": ("Console", "Cpu", "Machine", "Stop"),
+    "hvmodel.kvm": (
+        "Batch",
+        "Cap",
+        "Capture",
+        "Feed",
+        "Kvm",
+        "Vcpu",
+        "Vm",
+    ),
+    "hvmodel.kvm.exits": (
+        "Again",
+        "Debug",
+        "DirtyRingFull",
+        "FailEntry",
+        "Hlt",
+        "HostFault",
+        "Hypercall",
+        "InternalError",
+        "Interrupted",
+        "IoIn",
+        "IoOut",
+        "IrqWindowOpen",
+        "MemoryFault",
+        "MmioRead",
+        "MmioWrite",
+        "RdMsr",
+        "Shutdown",
+        "SystemEvent",
+        "Unknown",
+        "WrMsr",
+    ),
+    "hvmodel.ram": ("RamBlock",),
+    "hvmodel.host": ("Mapping", "MemFd"),
+    "hvmodel.errors": (
+        "ArgumentError",
+        "ArgumentTypeError",
+        "BuildError",
+        "BusyError",
+        "ClosedError",
+        "ForkedError",
+        "GuestAccessError",
+        "HostError",
+        "HvError",
+        "KvmError",
+        "PartialError",
+        "UnansweredError",
+        "UnsupportedError",
+        "VmDeadError",
+    ),
+    "hvmodel.units": ("GiB", "KiB", "MiB"),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_FLOORS, *_WHERE]
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name in _FLOORS:
+        return import_module(f"{__name__}.{name}")
+    home = _WHERE.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,77 @@
+"""The KVM binding: one class per kind of file descriptor, every ioctl of the x86 ABI, typed exits.
+
+    system   Kvm      /dev/kvm
+    vm       Vm       Kvm.create_vm()
+    vcpu     Vcpu     Vm.create_vcpu()
+    device   Device   Vm.create_device()
+
+Ioctls with semantics are methods named after them; pairs that get and set a struct are attributes (`vcpu.regs`); every other
+ioctl goes through `ioctl("KVM_…", arg)`.
+
+    >>> from hvmodel.kvm import Kvm
+    >>> with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+    ...     hex(vcpu.regs.rip)
+    '0xfff0'
+"""
+
+from __future__ import annotations
+
+from .. import _ffi
+from .._ffi import Ioctl, ffi, lib
+from .batch import RECORD_DTYPE, Batch, Capture, ExitRecord, Feed, iter_records
+from .cpuid import CpuidEntry
+from .device import Device
+from .exits import *  # noqa: F403  # its __all__ is the list
+from .exits import __all__ as _exits
+from .handle import Handle, StructItem, fields
+from .memslots import MemSlot
+from .system import KVM_API_VERSION, Kvm, vendor_module
+from .vcpu import Translation, Vcpu
+from .vm import IrqRoute, MsiRoute, MsrFilterRange, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .capabilities import Cap
+
+    IOCTLS: dict[str, Ioctl]
+
+__all__ = [
+    "IOCTLS",
+    "KVM_API_VERSION",
+    "RECORD_DTYPE",
+    "Batch",
+    "Cap",
+    "Capture",
+    "CpuidEntry",
+    "Device",
+    "ExitRecord",
+    "Feed",
+    "Handle",
+    "Ioctl",
+    "IrqRoute",
+    "Kvm",
+    "MemSlot",
+    "MsiRoute",
+    "MsrFilterRange",
+    "StructItem",
+    "Translation",
+    "Vcpu",
+    "Vm",
+    "ffi",
+    "fields",
+    "iter_records",
+    "lib",
+    "vendor_module",
+    *_exits,
+]
+
+
+def __getattr__(name: str) -> object:
+    # 250 capabilities make an enum that takes 2 ms to build: only for who asks.
+    if name == "Cap":
+        from .capabilities import Cap
+
+        return Cap
+    if name == "IOCTLS":
+        return _ffi.IOCTLS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,472 @@
+"""A virtual CPU: its state by get/set pairs, and running it without races.
+
+Running.  `run()` enters KVM_RUN through native/run.c, which decides on the return value of KVM_RUN alone, lets no kick, signal
+or timeout slip between a last check and the entry, and hands back one integer per exit.  Equal integers are equal exits, so most
+exits are looked up, not built.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from .._ffi import ffi, lib
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BusyError,
+    ClosedError,
+    ForkedError,
+    HostError,
+    PartialError,
+    UnansweredError,
+)
+from ..value import Value
+from . import cpuid, exits
+from .batch import Batch
+from .handle import Handle, StructItem
+from .vm import _uint, enable_cap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from .._native import (
+        kvm_debugregs,
+        kvm_fpu,
+        kvm_guest_debug,
+        kvm_lapic_state,
+        kvm_mp_state,
+        kvm_regs,
+        kvm_run,
+        kvm_sregs,
+        kvm_sregs2,
+        kvm_vcpu_events,
+        kvm_xcrs,
+        kvm_xsave,
+    )
+    from .cpuid import CpuidEntry
+    from .exits import Exit
+    from .vm import Vm
+
+__all__ = ["Translation", "Vcpu", "get_msrs"]
+
+_run = lib.hv_run
+_run_until = lib.hv_run_until
+_known: dict[int, Exit] = {}  # exit word -> exit, for the words that say all there is
+_get_known = _known.get
+_MAX_KNOWN = 1 << 15
+
+# What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever.
+_CLOSED = ffi.new("struct hv_vcpu *")
+_COMPLEX: int = lib.HV_WORD_COMPLEX
+_KICK_WAIT_NS = 1_000_000
+_CLOSE_WAIT_NS = 10_000_000_000
+_MAX_TIMEOUT = 1e9
+_EHWPOISON = 133  # the errno module of Python 3.11 lacks it
+
+_CAUSES = {
+    lib.HV_KICKED: "kick",
+    lib.HV_SIGNALED: "signal",
+    lib.HV_TIMEOUT: "timeout",
+    lib.HV_LIMIT: "limit",
+    lib.HV_RECORDS_FULL: "records",
+}
+
+
+def _timeout_ns(call: str, timeout: object) -> int:
+    # Seconds to nanoseconds; -1 for None.
+    if timeout is None:
+        return -1
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise ArgumentTypeError(call, "timeout", timeout, "seconds, or None")
+    if not 0 <= timeout <= _MAX_TIMEOUT:
+        raise ArgumentError(call, "timeout", timeout, f"0 to {_MAX_TIMEOUT:g} seconds, or None")
+    return int(timeout * 1e9)
+
+
+def _kick_at_exit() -> None:
+    # Threads that run guests must end before the interpreter can.
+    lib.hv_exiting()
+
+
+_at_exit_registered = False
+
+
+def _register_at_exit() -> None:
+    # threading joins its threads before atexit handlers run, and only its own hook comes earlier.
+    global _at_exit_registered
+    if _at_exit_registered:
+        return
+    _at_exit_registered = True
+    import threading
+
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:
+        import atexit
+
+        register = atexit.register
+    register(_kick_at_exit)
+
+
+class Translation(Value):
+    """What KVM_TRANSLATE says of a guest virtual address.  KVM gives writeable 1 and usermode 0 always."""
+
+    gpa: int
+    valid: bool
+    writeable: bool
+    usermode: bool
+
+
+class Vcpu(Handle):
+    """A virtual CPU, made by `Vm.create_vcpu()`.
+
+    Thread safety: `run()` and what changes the vCPU from one thread at a time (a second runner gets BusyError); `kick()` from
+    any thread.  Get and set ioctls of another thread wait in the kernel until the runner has left.
+    """
+
+    scope = "vcpu"
+    __slots__ = ("_batch", "_c", "id")
+
+    def __init__(self, fd: int, vm: Vm, id: int) -> None:
+        self.id = id
+        self._batch: Batch | None = None
+        self._c: Any = _CLOSED
+        super().__init__(fd, vm)
+        out = ffi.new("struct hv_vcpu **")
+        rc = lib.hv_vcpu_open(fd, vm.kvm.vcpu_mmap_size, out)
+        if rc < 0:
+            super().close()
+            raise HostError(-rc, "mmap", "fd", fd, None, "the kvm_run page of a vCPU")
+        self._c = out[0]
+        vm._vcpus[id] = self
+        _register_at_exit()
+
+    @property
+    def vm(self) -> Vm:
+        """The VM it belongs to."""
+        vm: Vm = self._owner  # type: ignore[assignment]  # the base class knows it as a Handle
+        return vm
+
+    def close(self) -> None:
+        """Stop a runner if there is one, unmap the kvm_run page, close the fd.  May be called again.
+
+        BusyError: the runner's thread did not leave KVM_RUN within 10 s.
+        """
+        if self.closed:
+            return
+        if lib.hv_vcpu_close(self._c, _CLOSE_WAIT_NS) < 0:
+            raise BusyError("Vcpu.close", repr(self), "its thread does not leave KVM_RUN")
+        self._c = _CLOSED
+        self.vm._vcpus.pop(self.id, None)
+        if self._batch is not None:
+            self._batch._vcpu = None
+            self._batch = None
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<Vcpu {self.id} closed>" if self.closed else f"<Vcpu {self.id} fd={self._fd}>"
+
+    # ---- running ----
+
+    def run(self, timeout: float | None = None) -> Exit:
+        """Run the guest until an exit; returns it (see hvmodel.kvm.exits).
+
+        `timeout` in seconds, from now on; None: no limit.  Interrupted("kick" | "signal" | "timeout") where KVM_RUN
+        was interrupted; a signal's Python handler has run by then (KeyboardInterrupt comes out of here).
+
+        Raises UnansweredError where the last exit was a read that nobody answered, BusyError where another thread runs it,
+        ForkedError in a child of os.fork, VmDeadError, ClosedError, and KvmError for the other refusals of KVM_RUN.
+
+        Ioctl: KVM_RUN (4.10).
+        """
+        word = _run(self._c, -1 if timeout is None else _timeout_ns("Vcpu.run", timeout))
+        return _get_known(word) or self._exit(word)
+
+    def run_until(self, deadline_ns: int) -> Exit:
+        """run() with a deadline: CLOCK_MONOTONIC (time.monotonic_ns) in ns; 0: none."""
+        word = _run_until(self._c, deadline_ns)
+        return _get_known(word) or self._exit(word)
+
+    def _exit(self, word: int) -> Exit:
+        # What is not looked up: exits with more in the kvm_run page, interruptions, refusals.
+        while word < 0:
+            if word == lib.HV_RING_FULL and self._batch is not None:
+                self._batch.spill()
+            elif word != lib.HV_RETRY:
+                return self._interrupted(word)
+            # A Python signal handler that raises has done so by now; else go on until the same deadline.
+            word = _run_until(self._c, self._c.deadline)
+        if not word & _COMPLEX:
+            if len(_known) >= _MAX_KNOWN:
+                _known.clear()
+            return _known.setdefault(word, exits.simple(word))
+        run = self._c.run
+        exit = exits.decode(run)
+        if word & 0xFF == lib.KVM_EXIT_MMIO:
+            return self._not_in_slot(exit)
+        return exit
+
+    def _not_in_slot(self, exit: Exit) -> Exit:
+        # An MMIO exit inside a memslot means that the host page could not be accessed, unless it is a write to a ROM.
+        if not isinstance(exit, exits.MmioRead | exits.MmioWrite):
+            return exit
+        slot = self.vm._slots.at(exit.gpa)
+        is_write = isinstance(exit, exits.MmioWrite)
+        if slot is None or (is_write and slot.readonly):
+            return exit
+        data = exit.data if isinstance(exit, exits.MmioWrite) else None
+        return exits.HostFault(exit.gpa, exit.size, is_write, data, slot.slot)
+
+    def _interrupted(self, word: int) -> Exit:
+        # Negative words but HV_RETRY: an interruption, one of the refusals that are exits, or an error.
+        c = self._c
+        if word == lib.HV_KICKED:
+            c.acks = c.kicks  # with the GIL held: the kicker waits for this
+        cause = _CAUSES.get(word)
+        if cause is not None:
+            return exits.Interrupted(cause)
+        if word == -errno.EAGAIN:
+            return exits.Again()
+        if word in (-errno.EFAULT, -_EHWPOISON):
+            run = c.run
+            if run.exit_reason == lib.KVM_EXIT_MEMORY_FAULT:
+                fault = run.memory_fault
+                run.exit_reason = lib.KVM_EXIT_UNKNOWN
+                return exits.MemoryFault(fault.gpa, fault.size, fault.flags, -word)
+            if word == -errno.EFAULT:
+                return exits.HostFault()
+        raise self._run_error(word)
+
+    def _run_error(self, word: int, call: str = "KVM_RUN") -> BaseException:
+        if word == lib.HV_CLOSED:
+            return ClosedError(call, repr(self))
+        if word == lib.HV_BUSY:
+            return BusyError(call, repr(self), "another thread runs it")
+        if word == lib.HV_FORKED:
+            return ForkedError(
+                errno.EIO, call, None, None, "a VM made by this process", f"process {self._pid} made {self!r}"
+            )
+        if word == lib.HV_UNANSWERED:
+            return UnansweredError(call, repr(exits.decode(self._c.run)))
+        if word == lib.HV_EXITING:
+            return SystemExit(f"{call}: the interpreter is exiting")
+        detail = None
+        if word == -errno.EINVAL:
+            detail = "the register state is invalid, or kvm_valid_regs has a bit that KVM_CAP_SYNC_REGS does not"
+        return self._refusal(call, -word, None, None, None, detail)
+
+    def kick(self) -> bool:
+        """Make the running, or else the next, `run()` return Interrupted("kick"); never lost, kicks do not add up.
+
+        True: the runner's Python code has it; waits up to 1 ms for that, with the GIL released.  False: pending, the vCPU is not
+        running, or left with an exit of its own.  Thread safety: any thread.
+        """
+        c = self._c
+        if c is _CLOSED:
+            raise ClosedError("Vcpu.kick", repr(self))
+        return lib.hv_kick(c, _KICK_WAIT_NS) == 1
+
+    def answer(self, data: int | bytes) -> None:
+        """Answer the read exit at hand: IoIn, MmioRead, RdMsr, HostFault of a read; or a Hypercall's result.
+
+        An int answers every element, and must fit its size; bytes must be the whole answer (`size * count`).
+
+        ArgumentError: no read is pending, the int does not fit, or the bytes are not that many.
+        """
+        if isinstance(data, int) and not isinstance(data, bool):
+            if not 0 <= data < 1 << 64:
+                raise ArgumentError("Vcpu.answer", "data", data, "0 to 2**64-1")
+            rc = lib.hv_answer(self._c, data)
+        elif isinstance(data, bytes | bytearray | memoryview):
+            rc = lib.hv_answer_bytes(self._c, bytes(data), len(data))
+        else:
+            raise ArgumentTypeError("Vcpu.answer", "data", data, "an int or bytes")
+        if rc == 0:
+            return
+        if rc in (lib.HV_CLOSED, lib.HV_BUSY):
+            raise self._run_error(rc, "Vcpu.answer")
+        if rc == -errno.EINVAL:
+            raise ArgumentError("Vcpu.answer", "data", data, None, "no read exit waits for data")
+        raise ArgumentError("Vcpu.answer", "data", data, f"the size of {exits.decode(self._c.run)!r}")
+
+    def fail_msr(self) -> None:
+        """Refuse the RdMsr or WrMsr exit at hand: the guest's instruction raises #GP."""
+        rc = lib.hv_fail_msr(self._c)
+        if rc == -errno.EINVAL:
+            raise ArgumentError("Vcpu.fail_msr", "exit", None, "an RdMsr or WrMsr exit", "there is none at hand")
+        if rc:
+            raise self._run_error(rc, "Vcpu.fail_msr")
+
+    def complete_io(self) -> None:
+        """Finish the instruction of the last exit, without running on (KVM_RUN with immediate_exit).
+
+        At an IO, MMIO or MSR exit a vCPU's state is complete only after this.  A further exit of the same instruction is
+        kept, and the next run() returns it.  UnansweredError: it is a read without an answer.
+        """
+        rc = lib.hv_complete(self._c)
+        if rc:
+            raise self._run_error(rc)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The Batch that serves exits in C, or None.  Set it while the vCPU is not running (else BusyError)."""
+        return self._batch
+
+    @batch.setter
+    def batch(self, batch: Batch | None) -> None:
+        if batch is not None and not isinstance(batch, Batch):
+            raise ArgumentTypeError("Vcpu.batch", "batch", batch, "a Batch or None")
+        if batch is not None and batch._vcpu not in (None, self):
+            raise BusyError("Vcpu.batch", repr(batch), f"it serves {batch._vcpu!r}")
+        rc = lib.hv_set_batch(self._c, ffi.NULL if batch is None else batch._batch)
+        if rc:
+            raise self._run_error(rc, "Vcpu.batch")
+        if self._batch is not None:
+            self._batch._vcpu = None
+        self._batch = batch
+        if batch is not None:
+            batch._vcpu = self
+
+    @property
+    def kvm_run(self) -> kvm_run:
+        """The kvm_run page, shared with the kernel: a `struct kvm_run *` that is valid until close().
+
+        Unsafe behind close(); never keep it.  Thread safety: the runner's thread.
+        """
+        if self._c is _CLOSED:
+            raise ClosedError("Vcpu.kvm_run", repr(self))
+        run: kvm_run = self._c.run
+        return run
+
+    @property
+    def has_exit_pending(self) -> bool:
+        """Whether the last exit's instruction is unfinished until the next run() or complete_io()."""
+        return bool(self._c.incomplete or self._c.held)
+
+    # ---- state ----
+
+    regs: StructItem[kvm_regs] = StructItem(
+        "KVM_GET_REGS", "KVM_SET_REGS", "kvm_regs", "General registers, RIP and RFLAGS (4.11, 4.12)."
+    )
+    sregs: StructItem[kvm_sregs] = StructItem(
+        "KVM_GET_SREGS", "KVM_SET_SREGS", "kvm_sregs", "Segments, descriptor tables, control registers, EFER (4.13)."
+    )
+    sregs2: StructItem[kvm_sregs2] = StructItem(
+        "KVM_GET_SREGS2", "KVM_SET_SREGS2", "kvm_sregs2", "As sregs, with the PDPTRs (KVM_CAP_SREGS2)."
+    )
+    fpu: StructItem[kvm_fpu] = StructItem("KVM_GET_FPU", "KVM_SET_FPU", "kvm_fpu", "x87 and SSE state (4.22).")
+    xsave: StructItem[kvm_xsave] = StructItem(
+        "KVM_GET_XSAVE", "KVM_SET_XSAVE", "kvm_xsave", "The XSAVE area, 4096 bytes (KVM_CAP_XSAVE)."
+    )
+    xcrs: StructItem[kvm_xcrs] = StructItem("KVM_GET_XCRS", "KVM_SET_XCRS", "kvm_xcrs", "XCR0 (KVM_CAP_XCRS).")
+    debugregs: StructItem[kvm_debugregs] = StructItem(
+        "KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS", "kvm_debugregs", "DR0 to DR3, DR6, DR7 (KVM_CAP_DEBUGREGS)."
+    )
+    vcpu_events: StructItem[kvm_vcpu_events] = StructItem(
+        "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "kvm_vcpu_events", "Pending and injected events (4.31)."
+    )
+    mp_state: StructItem[kvm_mp_state] = StructItem(
+        "KVM_GET_MP_STATE", "KVM_SET_MP_STATE", "kvm_mp_state", "KVM_MP_STATE_*: runnable 0, halted 3, ... (4.38)."
+    )
+    lapic: StructItem[kvm_lapic_state] = StructItem(
+        "KVM_GET_LAPIC", "KVM_SET_LAPIC", "kvm_lapic_state", "The local APIC page; EINVAL without an in-kernel one."
+    )
+    guest_debug: StructItem[kvm_guest_debug] = StructItem(
+        None, "KVM_SET_GUEST_DEBUG", "kvm_guest_debug", "Breakpoints and single-stepping; can only be set (4.87)."
+    )
+
+    @property
+    def tsc_khz(self) -> int:
+        """Guest TSC frequency in kHz (KVM_GET_TSC_KHZ); set with KVM_SET_TSC_KHZ, EINVAL where the host cannot scale."""
+        return self._check("KVM_GET_TSC_KHZ", lib.kvm_get_tsc_khz(self.fd))
+
+    @tsc_khz.setter
+    def tsc_khz(self, khz: int) -> None:
+        rc = lib.kvm_set_tsc_khz(self.fd, _uint("KVM_SET_TSC_KHZ", "tsc_khz", khz))
+        self._check("KVM_SET_TSC_KHZ", rc, "tsc_khz", khz, "the host's own frequency, or any with KVM_CAP_TSC_CONTROL")
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS: MSR index -> value.  PartialError names the first MSR that KVM does not know or let read."""
+        return get_msrs(self, indices)
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """KVM_SET_MSRS, in the order given.  PartialError names the first MSR refused; those before it are set."""
+        call = "KVM_SET_MSRS"
+        rows = list(values.items())
+        for first in range(0, len(rows), _MSR_CHUNK):
+            chunk = rows[first : first + _MSR_CHUNK]
+            table = ffi.new("struct kvm_msrs *", {"nmsrs": len(chunk), "entries": len(chunk)})
+            for at, (index, value) in enumerate(chunk):
+                table.entries[at].index = _uint(call, "index", index)
+                table.entries[at].data = _uint(call, f"values[{index:#x}]", value, 64)
+            done = self._check(call, lib.kvm_set_msrs(self.fd, table))
+            if done < len(chunk):
+                raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done][0], "index")
+
+    def set_cpuid2(self, entries: Iterable[CpuidEntry] | ffi.CData) -> None:
+        """KVM_SET_CPUID2: what CPUID shows the guest; entries, or a `struct kvm_cpuid2 *` as Kvm hands it out.
+
+        KvmError: EINVAL the vCPU has run and the leaves differ, E2BIG more than 256.
+        """
+        table = entries if isinstance(entries, ffi.CData) else cpuid.pack("KVM_SET_CPUID2", entries)
+        self.ioctl("KVM_SET_CPUID2", table)
+
+    def get_cpuid2(self) -> list[CpuidEntry]:
+        """KVM_GET_CPUID2: the leaves as KVM keeps them, which may differ from what was set."""
+        rc, table = cpuid.fetch(lambda t: lib.kvm_get_cpuid2(self.fd, t))
+        self._check("KVM_GET_CPUID2", rc)
+        return cpuid.unpack(table)
+
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: inject external interrupt `vector` (0 to 255) at the next entry; without in-kernel irqchip.
+
+        The caller checks that the guest can take it (kvm_run.ready_for_interrupt_injection).  ENXIO: there is an in-kernel PIC.
+        """
+        arg = ffi.new("struct kvm_interrupt *", {"irq": _uint("KVM_INTERRUPT", "vector", vector)})
+        self._check("KVM_INTERRUPT", lib.kvm_interrupt(self.fd, arg), "vector", vector, "0 to 255")
+
+    def nmi(self) -> None:
+        """KVM_NMI: inject a non-maskable interrupt (KVM_CAP_USER_NMI)."""
+        self._check("KVM_NMI", lib.kvm_nmi(self.fd))
+
+    def smi(self) -> None:
+        """KVM_SMI: inject a system management interrupt (KVM_CAP_X86_SMM)."""
+        self._check("KVM_SMI", lib.kvm_smi(self.fd))
+
+    def translate(self, gva: int) -> Translation:
+        """KVM_TRANSLATE: where the guest's page tables lead from linear address `gva`; sets accessed bits on the way."""
+        arg = ffi.new("struct kvm_translation *", {"linear_address": _uint("KVM_TRANSLATE", "gva", gva, 64)})
+        self._check("KVM_TRANSLATE", lib.kvm_translate(self.fd, arg), "gva", gva)
+        return Translation(arg.physical_address, bool(arg.valid), bool(arg.writeable), bool(arg.usermode))
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
+        """KVM_ENABLE_CAP on the vCPU; see Vm.enable_cap."""
+        return enable_cap(self, cap, args, flags)
+
+    def stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a new file descriptor of the vCPU's statistics; the caller's to close."""
+        return self._check("KVM_GET_STATS_FD", lib.kvm_get_stats_fd(self.fd))
+
+
+_MSR_CHUNK = 255  # KVM takes fewer than 256 at once (linux:arch/x86/kvm/x86.c MAX_IO_MSRS@v6.18)
+
+
+def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
+    """KVM_GET_MSRS on the system (feature MSRs) or a vCPU: MSR index -> value.
+
+    PartialError names the first index that KVM does not know or let read.
+    """
+    call = "KVM_GET_MSRS"
+    rows = list(indices)
+    values: dict[int, int] = {}
+    for first in range(0, len(rows), _MSR_CHUNK):
+        chunk = rows[first : first + _MSR_CHUNK]
+        table = ffi.new("struct kvm_msrs *", {"nmsrs": len(chunk), "entries": len(chunk)})
+        for at, index in enumerate(chunk):
+            table.entries[at].index = _uint(call, f"indices[{first + at}]", index)
+        done = handle._check(call, lib.kvm_get_msrs(handle.fd, table))
+        values |= {table.entries[at].index: table.entries[at].data for at in range(done)}
+        if done < len(chunk):
+            raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done], "index")
+    return values

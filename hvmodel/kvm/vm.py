@@ -1,0 +1,534 @@
+"""A virtual machine: memslots, the in-kernel interrupt controllers, events, the dirty log, and the making of vCPUs."""
+
+from __future__ import annotations
+
+import errno
+
+from .._ffi import ffi, lib
+from ..errors import ArgumentError, ArgumentTypeError
+from ..value import Value
+from .device import Device
+from .handle import Handle, StructItem
+from .memslots import MemSlot, SlotMap, explain_region
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .._native import kvm_clock_data, kvm_pit_state, kvm_pit_state2
+    from ..host import Mapping
+    from .system import Kvm
+    from .vcpu import Vcpu
+
+__all__ = ["IrqRoute", "MsiRoute", "MsrFilterRange", "Vm"]
+
+
+class IrqRoute(Value):
+    """A GSI that raises `pin` of in-kernel chip `irqchip` (0 PIC master, 1 PIC slave, 2 IOAPIC)."""
+
+    gsi: int
+    irqchip: int
+    pin: int
+
+
+class MsiRoute(Value):
+    """A GSI that sends the MSI `data` to `address` (64 bits)."""
+
+    gsi: int
+    address: int
+    data: int
+
+
+class MsrFilterRange(Value):
+    """`len(bitmap) * 8` MSRs from `base` on; a 1 bit allows, a 0 bit makes the access exit or raise #GP.
+
+    `flags`: KVM_MSR_FILTER_READ = 1, KVM_MSR_FILTER_WRITE = 2.
+    """
+
+    base: int
+    bitmap: bytes
+    flags: int = 3
+
+
+def _uint(call: str, field: str, value: object, bits: int = 32) -> int:
+    # An unsigned integer of so many bits, or the error that says so.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(call, field, value, "an int")
+    if not 0 <= value < 1 << bits:
+        raise ArgumentError(call, field, value, f"0 to 2**{bits}-1")
+    return value
+
+
+def _fd_of(call: str, field: str, file: object) -> int:
+    # A file descriptor, or an object that has one.
+    fd = file.fileno() if hasattr(file, "fileno") else file
+    return _uint(call, field, fd, 31)
+
+
+class Vm(Handle):
+    """A virtual machine, made by `Kvm.create_vm()`.
+
+    Closing it closes its vCPUs and takes its memory out of the memslots first, in QEMU's order.
+
+    Thread safety: any thread; ioctls only from the process that made it (ForkedError in a child of os.fork).
+    """
+
+    scope = "vm"
+    __slots__ = ("_pinned", "_slots", "_vcpus")
+
+    def __init__(self, fd: int, kvm: Kvm) -> None:
+        super().__init__(fd, kvm)
+        self._slots = SlotMap()
+        self._pinned: dict[int, tuple[Mapping, str]] = {}  # slot -> the memory it keeps, and the name of the pin
+        self._vcpus: dict[int, Vcpu] = {}
+
+    @property
+    def kvm(self) -> Kvm:
+        """The system it was made from."""
+        kvm: Kvm = self._owner  # type: ignore[assignment]  # the base class knows it as a Handle
+        return kvm
+
+    def close(self) -> None:
+        """Close its vCPUs, let go of the memory in its slots, close the fd.  May be called again.
+
+        BusyError: a vCPU's thread did not leave KVM_RUN within 10 s; nothing is closed then.
+        """
+        if self.closed:
+            return
+        for vcpu in list(self._vcpus.values()):
+            vcpu.close()
+        for slot in list(self._pinned):
+            self._unpin(slot)
+        super().close()
+
+    # ---- capabilities ----
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION on this VM (KVM_CAP_CHECK_EXTENSION_VM): what holds for it rather than for all."""
+        from .system import check_extension
+
+        return check_extension(self, cap)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
+        """KVM_ENABLE_CAP: switch capability `cap` on, with up to four arguments.
+
+        Raises UnsupportedError where KVM_CHECK_EXTENSION says 0 (some kernels accept what they do not have), KvmError EINVAL
+        for arguments or a time that the capability does not allow (many must come before the first vCPU).
+        """
+        return enable_cap(self, cap, args, flags)
+
+    # ---- vCPUs and devices ----
+
+    def create_vcpu(self, id: int = 0) -> Vcpu:
+        """Make vCPU number `id` (its APIC id) and map its kvm_run page (KVM_CREATE_VCPU).
+
+        KvmError: EEXIST there is one with that id; EINVAL id beyond KVM_CAP_MAX_VCPU_ID or too many vCPUs.
+        """
+        from .vcpu import Vcpu
+
+        _uint("KVM_CREATE_VCPU", "id", id, 63)
+        fd = lib.kvm_create_vcpu(self.fd, id)
+        if fd < 0:
+            limit = self.check_extension(lib.KVM_CAP_MAX_VCPU_ID) or self.check_extension(lib.KVM_CAP_MAX_VCPUS)
+            detail = None
+            if fd == -errno.EEXIST:
+                detail = "this VM has a vCPU with that id"
+            elif fd == -errno.EINVAL and id < limit:
+                detail = f"too many vCPUs: at most {self.check_extension(lib.KVM_CAP_MAX_VCPUS)}"
+            raise self._refusal("KVM_CREATE_VCPU", -fd, "id", id, f"an unused id, 0 to {limit - 1}", detail)
+        return Vcpu(fd, self, id)
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """Its open vCPUs by id."""
+        return tuple(self._vcpus[id] for id in sorted(self._vcpus))
+
+    def create_device(self, type: int) -> Device:
+        """Make an in-kernel device (KVM_CREATE_DEVICE) of KVM_DEV_TYPE_* `type`.  KvmError ENODEV: unknown type."""
+        arg = ffi.new("struct kvm_create_device *", {"type": _uint("KVM_CREATE_DEVICE", "type", type)})
+        self._check("KVM_CREATE_DEVICE", lib.kvm_create_device(self.fd, arg), "type", type, "a KVM_DEV_TYPE_*")
+        return Device(arg.fd, self)
+
+    def stats_fd(self) -> int:
+        """KVM_GET_STATS_FD: a new file descriptor of the VM's statistics; the caller's to close."""
+        return self._check("KVM_GET_STATS_FD", lib.kvm_get_stats_fd(self.fd))
+
+    # ---- memory ----
+
+    @property
+    def memslots(self) -> dict[int, MemSlot]:
+        """The slots as they stand: id -> MemSlot."""
+        return dict(self._slots.slots)
+
+    def memslot_at(self, gpa: int) -> MemSlot | None:
+        """The slot (address space 0) that holds `gpa`, or None."""
+        return self._slots.at(gpa)
+
+    def set_user_memory_region(
+        self, slot: int, gpa: int, memory: Mapping | int, *, offset: int = 0, size: int | None = None, flags: int = 0
+    ) -> MemSlot:
+        """Back `size` bytes at `gpa` with host memory (KVM_SET_USER_MEMORY_REGION).
+
+        `memory`: a hvmodel.host.Mapping, from `offset` on (`size` defaults to its rest); the VM keeps it from being unmapped as long as
+        it is in the slot.  Or an int, a host virtual address: unsafe, for then nothing does.  `flags`: KVM_MEM_LOG_DIRTY_PAGES
+        = 1, KVM_MEM_READONLY = 2.  The same slot again moves it or changes LOG_DIRTY_PAGES; `delete_memory_region` deletes it.
+
+        KvmError EINVAL, EEXIST (overlap): `field` says which argument, and why.
+        """
+        call = "KVM_SET_USER_MEMORY_REGION"
+        _uint(call, "slot", slot)
+        _uint(call, "gpa", gpa, 64)
+        _uint(call, "offset", offset, 64)
+        _uint(call, "flags", flags)
+        if isinstance(memory, int):
+            mapping = None
+            hva = _uint(call, "memory", memory, 64) + offset
+            if size is None:
+                raise ArgumentError(call, "size", None, "a size in bytes, where the memory is an address")
+        elif hasattr(memory, "pin") and hasattr(memory, "hva"):
+            mapping = memory
+            if size is None:
+                size = max(mapping.size - offset, 0)
+            if offset + _uint(call, "size", size, 64) > mapping.size:
+                raise ArgumentError(call, "offset", offset, f"offset + size up to {mapping.size:#x}", f"size={size:#x}")
+            hva = mapping.hva + offset
+        else:
+            raise ArgumentTypeError(call, "memory", memory, "a Mapping or a host virtual address")
+        if _uint(call, "size", size, 64) == 0:
+            raise ArgumentError(call, "size", size, "at least a page; delete_memory_region() deletes a slot")
+        if hva + size > 1 << 64:
+            raise ArgumentError(call, "memory", hva, "hva + size up to 2**64")
+        region = ffi.new(
+            "struct kvm_userspace_memory_region *",
+            {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": size, "userspace_addr": hva},
+        )
+        # Pinned before the kernel has it, so that there is no time in which the memory could go.
+        why = f"memslot {slot} of {self!r}"
+        if mapping is not None:
+            mapping.pin(why)
+        rc = lib.kvm_set_user_memory_region(self.fd, region)
+        if rc < 0:
+            if mapping is not None:
+                mapping.unpin(why)
+            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags)
+            raise self._refusal(call, -rc, *(fault or (None, None, None, None)))
+        self._unpin(slot)
+        if mapping is not None:
+            self._pinned[slot] = mapping, why
+        entry = MemSlot(slot, gpa, size, hva, flags)
+        self._slots.put(entry)
+        return entry
+
+    def delete_memory_region(self, slot: int) -> None:
+        """Take slot `slot` away (memory_size 0).  KvmError EINVAL: there is no such slot."""
+        call = "KVM_SET_USER_MEMORY_REGION"
+        region = ffi.new("struct kvm_userspace_memory_region *", {"slot": _uint(call, "slot", slot)})
+        rc = lib.kvm_set_user_memory_region(self.fd, region)
+        if rc < 0:
+            fault = explain_region(self.fd, self._slots.slots, slot, 0, 0, 0, 0)
+            raise self._refusal(call, -rc, *(fault or (None, None, None, None)))
+        self._slots.drop(slot)
+        self._unpin(slot)
+
+    def _unpin(self, slot: int) -> None:
+        mapping, why = self._pinned.pop(slot, (None, ""))
+        if mapping is not None:
+            mapping.unpin(why)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD: a new guest_memfd of `size` bytes; its fd is the caller's to close.
+
+        `flags`: GUEST_MEMFD_FLAG_MMAP = 1, INIT_SHARED = 2 (KVM_CAP_GUEST_MEMFD_FLAGS is the mask of what there is).
+        KvmError EINVAL: size zero or not page-sized, unknown flag.
+        """
+        call = "KVM_CREATE_GUEST_MEMFD"
+        arg = ffi.new(
+            "struct kvm_create_guest_memfd *", {"size": _uint(call, "size", size, 64), "flags": _uint(call, "flags", flags, 64)}
+        )
+        rc = lib.kvm_create_guest_memfd(self.fd, arg)
+        if rc == -errno.EINVAL:
+            if size == 0 or size % 4096:
+                raise self._refusal(call, -rc, "size", size, "a multiple of 4096 bytes, not zero")
+            mask = max(self.check_extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS), 0)
+            if flags & ~mask:
+                raise self._refusal(call, -rc, "flags", flags, f"of mask {mask:#x}")
+        return self._check(call, rc)
+
+    def get_dirty_log(self, slot: int) -> bytearray:
+        """KVM_GET_DIRTY_LOG: one bit per page of slot `slot`, bit 0 of byte 0 first, 64 pages a word.
+
+        Without manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) this clears the log.  KvmError ENOENT: no such slot, or
+        it has no KVM_MEM_LOG_DIRTY_PAGES; ENXIO: the dirty ring is in use.
+        """
+        entry = self._slots.slots.get(_uint("KVM_GET_DIRTY_LOG", "slot", slot))
+        pages = entry.size >> 12 if entry else 64
+        bitmap = bytearray((pages + 63) // 64 * 8)
+        address = ffi.from_buffer(bitmap)
+        arg = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": ffi.cast("void *", address)})
+        rc = lib.kvm_get_dirty_log(self.fd, arg)
+        ffi.release(address)
+        if rc == -errno.ENOENT and entry is None:
+            raise self._refusal("KVM_GET_DIRTY_LOG", -rc, "slot", slot, f"one of {sorted(self._slots.slots)}")
+        detail = "the slot has no KVM_MEM_LOG_DIRTY_PAGES" if rc == -errno.ENOENT else None
+        self._check("KVM_GET_DIRTY_LOG", rc, "slot", slot, None, detail)
+        return bitmap
+
+    def clear_dirty_log(self, slot: int, bitmap: bytes | bytearray, *, first_page: int = 0, num_pages: int | None = None) -> None:
+        """KVM_CLEAR_DIRTY_LOG: write-protect anew the pages whose bits are set.
+
+        `first_page` must be a multiple of 64; so must `num_pages`, unless the range ends the slot (the default).  KvmError EINVAL:
+        `field` says which; ENOENT no such slot or no log; ENXIO dirty ring.
+        """
+        call = "KVM_CLEAR_DIRTY_LOG"
+        entry = self._slots.slots.get(_uint(call, "slot", slot))
+        _uint(call, "first_page", first_page, 64)
+        pages = entry.size >> 12 if entry else 0
+        if num_pages is None:
+            num_pages = max(pages - first_page, 0)
+        _uint(call, "num_pages", num_pages)
+        if not isinstance(bitmap, bytes | bytearray):
+            raise ArgumentTypeError(call, "bitmap", bitmap, "bytes or bytearray")
+        if len(bitmap) * 8 < num_pages:
+            raise ArgumentError(call, "bitmap", len(bitmap), f"at least {(num_pages + 7) // 8} bytes for {num_pages} pages")
+        # The kernel reads whole words.
+        copy = ffi.new("uint64_t[]", max((num_pages + 63) // 64, 1))
+        ffi.memmove(copy, bytes(bitmap[: len(copy) * 8]), min(len(bitmap), len(copy) * 8))
+        arg = ffi.new(
+            "struct kvm_clear_dirty_log *",
+            {"slot": slot, "num_pages": num_pages, "first_page": first_page, "dirty_bitmap": copy},
+        )
+        rc = lib.kvm_clear_dirty_log(self.fd, arg)
+        if rc == -errno.EINVAL and entry is not None:
+            if first_page % 64:
+                raise self._refusal(call, -rc, "first_page", first_page, "a multiple of 64")
+            if num_pages == 0 or first_page + num_pages > pages:
+                raise self._refusal(call, -rc, "num_pages", num_pages, f"a range within the slot's {pages} pages")
+            if num_pages % 64 and first_page + num_pages != pages:
+                raise self._refusal(call, -rc, "num_pages", num_pages, "a multiple of 64, or up to the slot's end")
+        self._check(call, rc, "slot" if rc == -errno.ENOENT else None, slot)
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: collect the harvested entries of all rings; how many were reset."""
+        return self._check("KVM_RESET_DIRTY_RINGS", lib.kvm_reset_dirty_rings(self.fd))
+
+    # ---- what must be set before vCPUs ----
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """KVM_SET_TSS_ADDR: three pages at `gpa` (below 4 GiB, free of RAM) for Intel's real-mode emulation."""
+        self._check(
+            "KVM_SET_TSS_ADDR",
+            lib.kvm_set_tss_addr(self.fd, _uint("KVM_SET_TSS_ADDR", "gpa", gpa, 64)),
+            "gpa",
+            gpa,
+            "an address whose three pages lie below 4 GiB, outside every slot",
+        )
+
+    def set_identity_map_addr(self, gpa: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR: one page at `gpa` (0: the default, 0xfffbc000).  KvmError EINVAL: there are vCPUs."""
+        call = "KVM_SET_IDENTITY_MAP_ADDR"
+        arg = ffi.new("uint64_t *", _uint(call, "gpa", gpa, 64))
+        rc = lib.kvm_set_identity_map_addr(self.fd, arg)
+        detail = "vCPUs were made already" if rc == -errno.EINVAL and self._vcpus else None
+        self._check(call, rc, "gpa", gpa, "before the first vCPU", detail)
+
+    def set_boot_cpu_id(self, id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: which vCPU is the bootstrap processor.  KvmError EBUSY: there are vCPUs."""
+        call = "KVM_SET_BOOT_CPU_ID"
+        self._check(call, lib.kvm_set_boot_cpu_id(self.fd, _uint(call, "id", id)), "id", id, "before the first vCPU")
+
+    # ---- interrupts ----
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: PICs, IOAPIC and local APICs in the kernel.  EEXIST: there; EINVAL: after a vCPU."""
+        rc = lib.kvm_create_irqchip(self.fd)
+        detail = "it must come before the first vCPU" if rc == -errno.EINVAL and self._vcpus else None
+        self._check("KVM_CREATE_IRQCHIP", rc, None, None, None, detail)
+
+    def create_pit2(self, *, speaker_dummy: bool = False) -> None:
+        """KVM_CREATE_PIT2: the 8254 timer in the kernel.  ENOENT: no in-kernel irqchip; EEXIST: there is one."""
+        arg = ffi.new("struct kvm_pit_config *", {"flags": 1 if speaker_dummy else 0})
+        rc = lib.kvm_create_pit2(self.fd, arg)
+        detail = "create_irqchip() first" if rc == -errno.ENOENT else None
+        self._check("KVM_CREATE_PIT2", rc, None, None, None, detail)
+
+    def get_irqchip(self, chip_id: int) -> ffi.CData:
+        """KVM_GET_IRQCHIP: `struct kvm_irqchip *` of chip 0 (PIC master), 1 (PIC slave), 2 (IOAPIC)."""
+        call = "KVM_GET_IRQCHIP"
+        arg = ffi.new("struct kvm_irqchip *", {"chip_id": _uint(call, "chip_id", chip_id)})
+        self._check(call, lib.kvm_get_irqchip(self.fd, arg), "chip_id", chip_id, "0, 1 or 2, with an in-kernel irqchip")
+        return arg
+
+    def set_irqchip(self, chip: ffi.CData) -> None:
+        """KVM_SET_IRQCHIP from a `struct kvm_irqchip *`."""
+        self.ioctl("KVM_SET_IRQCHIP", chip)
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE: set interrupt line `gsi` to `level` 0 or 1.  ENXIO: no in-kernel irqchip."""
+        arg = ffi.new(
+            "struct kvm_irq_level *",
+            {"irq": _uint("KVM_IRQ_LINE", "gsi", gsi), "level": _uint("KVM_IRQ_LINE", "level", level)},
+        )
+        self._check("KVM_IRQ_LINE", lib.kvm_irq_line(self.fd, arg), "gsi", gsi, "a GSI of an in-kernel irqchip")
+
+    def irq_line_status(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: as irq_line; returns 1 delivered, 0 coalesced, -1 masked."""
+        call = "KVM_IRQ_LINE_STATUS"
+        arg = ffi.new("struct kvm_irq_level *", {"irq": _uint(call, "gsi", gsi), "level": _uint(call, "level", level)})
+        self._check(call, lib.kvm_irq_line_status(self.fd, arg), "gsi", gsi, "a GSI of an in-kernel irqchip")
+        return int(ffi.cast("int32_t", arg.status))
+
+    def set_gsi_routing(self, routes: Iterable[IrqRoute | MsiRoute]) -> None:
+        """KVM_SET_GSI_ROUTING: replace the routing table.  KvmError EINVAL: an entry's gsi, chip or pin."""
+        call = "KVM_SET_GSI_ROUTING"
+        rows = list(routes)
+        table = ffi.new("struct kvm_irq_routing *", {"nr": len(rows), "entries": len(rows)})
+        for at, row in enumerate(rows):
+            entry = table.entries[at]
+            if isinstance(row, IrqRoute):
+                entry.gsi, entry.type = _uint(call, f"routes[{at}].gsi", row.gsi), lib.KVM_IRQ_ROUTING_IRQCHIP
+                entry.u.irqchip.irqchip = _uint(call, f"routes[{at}].irqchip", row.irqchip)
+                entry.u.irqchip.pin = _uint(call, f"routes[{at}].pin", row.pin)
+            elif isinstance(row, MsiRoute):
+                address = _uint(call, f"routes[{at}].address", row.address, 64)
+                entry.gsi, entry.type = _uint(call, f"routes[{at}].gsi", row.gsi), lib.KVM_IRQ_ROUTING_MSI
+                entry.u.msi.address_lo, entry.u.msi.address_hi = address & 0xFFFFFFFF, address >> 32
+                entry.u.msi.data = _uint(call, f"routes[{at}].data", row.data)
+            else:
+                raise ArgumentTypeError(call, f"routes[{at}]", row, "an IrqRoute or MsiRoute")
+        limit = self.check_extension(lib.KVM_CAP_IRQ_ROUTING)
+        self._check(
+            call, lib.kvm_set_gsi_routing(self.fd, table), "routes", len(rows), f"up to {limit} entries, gsi below that"
+        )
+
+    def signal_msi(self, address: int, data: int) -> int:
+        """KVM_SIGNAL_MSI: send an MSI now; > 0 delivered, 0 blocked by the guest.  EINVAL: no in-kernel local APIC."""
+        _uint("KVM_SIGNAL_MSI", "address", address, 64)
+        arg = ffi.new(
+            "struct kvm_msi *",
+            {"address_lo": address & 0xFFFFFFFF, "address_hi": address >> 32, "data": _uint("KVM_SIGNAL_MSI", "data", data)},
+        )
+        return self._check("KVM_SIGNAL_MSI", lib.kvm_signal_msi(self.fd, arg), "address", address)
+
+    def irqfd(self, eventfd: object, gsi: int, *, resamplefd: object | None = None, deassign: bool = False) -> None:
+        """KVM_IRQFD: raise `gsi` whenever `eventfd` (a descriptor or an object with one) is signalled.
+
+        `resamplefd`: level-triggered; signalled when the guest ends the interrupt.  EINVAL: no irqchip, not an eventfd;
+        EBUSY: the eventfd is in use; EBADF.
+        """
+        arg = ffi.new(
+            "struct kvm_irqfd *",
+            {
+                "fd": _fd_of("KVM_IRQFD", "eventfd", eventfd),
+                "gsi": _uint("KVM_IRQFD", "gsi", gsi),
+                "flags": (lib.KVM_IRQFD_FLAG_DEASSIGN if deassign else 0)
+                | (lib.KVM_IRQFD_FLAG_RESAMPLE if resamplefd is not None else 0),
+                "resamplefd": 0 if resamplefd is None else _fd_of("KVM_IRQFD", "resamplefd", resamplefd),
+            },
+        )
+        self._check("KVM_IRQFD", lib.kvm_irqfd(self.fd, arg), "gsi", gsi, "a routed GSI and an eventfd of its own")
+
+    def ioeventfd(
+        self, eventfd: object, address: int, size: int, *, pio: bool = False, datamatch: int | None = None, deassign: bool = False
+    ) -> None:
+        """KVM_IOEVENTFD: signal `eventfd` when the guest writes `size` bytes (0 any, 1, 2, 4, 8) at gpa or port `address`.
+
+        The write then does not exit.  `datamatch`: only writes of that value.  EEXIST: the same is registered; ENOENT: nothing to
+        deassign; ENOSPC: 1000 are registered; EINVAL: size, or address + size wraps.
+        """
+        call = "KVM_IOEVENTFD"
+        _uint(call, "size", size)
+        _uint(call, "address", address, 64)
+        flags = (1 if datamatch is not None else 0) | (2 if pio else 0) | (4 if deassign else 0)
+        arg = ffi.new(
+            "struct kvm_ioeventfd *",
+            {
+                "fd": _fd_of(call, "eventfd", eventfd),
+                "addr": address,
+                "len": size,
+                "flags": flags,
+                "datamatch": 0 if datamatch is None else _uint(call, "datamatch", datamatch, 64),
+            },
+        )
+        rc = lib.kvm_ioeventfd(self.fd, arg)
+        if rc == -errno.EINVAL:
+            if size not in (0, 1, 2, 4, 8):
+                raise self._refusal(call, -rc, "size", size, "0, 1, 2, 4 or 8")
+            if size == 0 and datamatch is not None:
+                raise self._refusal(call, -rc, "datamatch", datamatch, "a size other than 0 with it")
+        self._check(call, rc, "address", address)
+
+    def register_coalesced_mmio(self, address: int, size: int, *, pio: bool = False) -> None:
+        """KVM_REGISTER_COALESCED_MMIO: writes to [address, address+size) are put in the vCPUs' ring instead of exiting."""
+        call = "KVM_REGISTER_COALESCED_MMIO"
+        self._check(call, lib.kvm_register_coalesced_mmio(self.fd, _zone(call, address, size, pio)), "address", address)
+
+    def unregister_coalesced_mmio(self, address: int, size: int, *, pio: bool = False) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO of the zones within the range."""
+        call = "KVM_UNREGISTER_COALESCED_MMIO"
+        self._check(call, lib.kvm_unregister_coalesced_mmio(self.fd, _zone(call, address, size, pio)), "address", address)
+
+    # ---- filters ----
+
+    def set_msr_filter(self, ranges: Iterable[MsrFilterRange] = (), *, default_allow: bool = True) -> None:
+        """KVM_X86_SET_MSR_FILTER: up to 16 ranges of MSRs that are allowed or denied to the guest; none: no filter.
+
+        What a denied access does is set by enable_cap(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER).
+        """
+        call = "KVM_X86_SET_MSR_FILTER"
+        rows = list(ranges)
+        arg = ffi.new("struct kvm_msr_filter *", {"flags": 0 if default_allow else lib.KVM_MSR_FILTER_DEFAULT_DENY})
+        if len(rows) > len(arg.ranges):
+            raise ArgumentError(call, "ranges", len(rows), f"up to {len(arg.ranges)} ranges")
+        keep = []
+        for at, row in enumerate(rows):
+            if not isinstance(row, MsrFilterRange):
+                raise ArgumentTypeError(call, f"ranges[{at}]", row, "a MsrFilterRange")
+            bitmap = ffi.new("uint8_t[]", bytes(row.bitmap))
+            keep.append(bitmap)
+            target = arg.ranges[at]
+            target.flags = _uint(call, f"ranges[{at}].flags", row.flags)
+            target.base = _uint(call, f"ranges[{at}].base", row.base)
+            target.nmsrs = len(row.bitmap) * 8
+            target.bitmap = bitmap
+        self._check(call, lib.kvm_x86_set_msr_filter(self.fd, arg), "ranges", len(rows))
+
+    clock: StructItem[kvm_clock_data] = StructItem(
+        "KVM_GET_CLOCK", "KVM_SET_CLOCK", "kvm_clock_data", "kvmclock in ns (`clock`), with `flags` KVM_CLOCK_*."
+    )
+    pit: StructItem[kvm_pit_state] = StructItem(
+        "KVM_GET_PIT", "KVM_SET_PIT", "kvm_pit_state", "The three channels of the 8254.  ENXIO: create_pit2() first."
+    )
+    pit2: StructItem[kvm_pit_state2] = StructItem(
+        "KVM_GET_PIT2", "KVM_SET_PIT2", "kvm_pit_state2", "The three channels of the 8254 and its flags."
+    )
+
+
+def _zone(call: str, address: int, size: int, pio: bool) -> ffi.CData:
+    return ffi.new(
+        "struct kvm_coalesced_mmio_zone *",
+        {"addr": _uint(call, "address", address, 64), "size": _uint(call, "size", size), "pio": 1 if pio else 0},
+    )
+
+
+def enable_cap(handle: Handle, cap: int, args: tuple[int, ...], flags: int) -> int:
+    # For Vm and Vcpu alike.
+    call = "KVM_ENABLE_CAP"
+    _uint(call, "cap", cap)
+    _uint(call, "flags", flags)
+    if len(args) > 4:
+        raise ArgumentError(call, "args", len(args), "up to four arguments")
+    values = [_uint(call, f"args[{at}]", arg, 64) for at, arg in enumerate(args)]
+    arg = ffi.new("struct kvm_enable_cap *", {"cap": cap, "flags": flags, "args": values})
+    fd = handle.fd
+    if handle._extension(cap) == 0:
+        from ..errors import UnsupportedError
+
+        raise UnsupportedError(errno.EINVAL, call, "cap", cap, None, "KVM_CHECK_EXTENSION says 0")
+    rc = lib.kvm_enable_cap(fd, arg)
+    if rc >= 0:
+        return rc
+    field, value = ("flags", flags) if flags and rc == -errno.EINVAL else ("args", tuple(args))
+    if not args and not flags:
+        field, value = "cap", cap
+    raise handle._refusal(call, -rc, field, value, None, f"capability {cap} does not take this here and now")
+

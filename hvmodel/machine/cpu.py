@@ -1,0 +1,173 @@
+"""The machine's view of a vCPU: a kvm `Vcpu` that knows the RAM it runs in.
+
+Owns the architectural states a machine starts a vCPU in, and the answer to "where is it?".
+
+Sources: Intel SDM vol. 3 table 10-1 (state after reset), section 21.1 (real-address mode).
+"""
+
+from __future__ import annotations
+
+from .._ffi import ffi, lib
+from ..errors import ArgumentError, ArgumentTypeError, HvError
+from ..value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .._native import kvm_regs, kvm_sregs
+    from ..kvm import Vcpu
+
+__all__ = ["Cpu", "Location"]
+
+_CR0_RESET = 0x60000010  # CD, NW, ET
+_REAL_MODE_END = 0x10FFF0  # FFFF:FFFF + 1, the first byte that no CS:IP reaches
+_MAX_INSN = 15
+
+
+class Location(Value):
+    """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes found there (b"" where not in RAM)."""
+
+    cs: int
+    rip: int
+    linear: int
+    insn: bytes
+
+
+class Cpu:
+    """A vCPU of a Machine.
+
+    `kvm` is the `hvmodel.kvm.Vcpu` underneath, which this object owns.  Methods that set state first finish the instruction of the
+    last exit (Vcpu.complete_io), and raise UnansweredError where that is an unanswered read.
+
+    Thread safety: as Vcpu.
+    """
+
+    def __init__(self, kvm: Vcpu, read: Callable[[int, int], bytes]) -> None:
+        self.kvm = kvm
+        self._read = read
+        synced = kvm.vm.check_extension(lib.KVM_CAP_SYNC_REGS)
+        # Registers ride along with every exit: no measurable cost, where asking for them costs an ioctl.
+        kvm.kvm_run.kvm_valid_regs = synced & (lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS)
+
+    @property
+    def id(self) -> int:
+        """Its number, which is its APIC id."""
+        return self.kvm.id
+
+    def kick(self) -> bool:
+        """Interrupt the running or next run; see Vcpu.kick.  Thread safety: any thread."""
+        return self.kvm.kick()
+
+    def answer(self, data: int | bytes) -> None:
+        """Answer the read exit at hand; see Vcpu.answer."""
+        self.kvm.answer(data)
+
+    @property
+    def regs(self) -> kvm_regs:
+        """General registers (KVM_GET_REGS); see Vcpu.regs.  At an unfinished read exit, RIP is still at the instruction."""
+        return self.kvm.regs
+
+    @regs.setter
+    def regs(self, regs: kvm_regs) -> None:
+        self.kvm.complete_io()
+        self.kvm.regs = regs
+
+    @property
+    def sregs(self) -> kvm_sregs:
+        """Segments and control registers (KVM_GET_SREGS); see Vcpu.sregs."""
+        return self.kvm.sregs
+
+    @sregs.setter
+    def sregs(self, sregs: kvm_sregs) -> None:
+        self.kvm.complete_io()
+        self.kvm.sregs = sregs
+
+    # ---- states to start in ----
+
+    def reset(self) -> None:
+        """The state after reset: real mode at F000:FFF0 with the CS base 0xffff0000, that is at 0xfffffff0.
+
+        General registers 0 (RDX too, for want of a processor signature), RFLAGS 2, CR0 0x60000010; pending events dropped;
+        runnable.  FPU, MSRs and debug registers are left as they are.
+        """
+        self._real(cs=0xF000, cs_base=0xFFFF0000, ip=0xFFF0, sp=0)
+
+    def real_mode(self, entry: int = 0x7C00, *, cs: int | None = None, sp: int = 0x7C00) -> None:
+        """Real mode at physical address `entry`, as a boot sector expects it: DS, ES, SS 0, interrupts off.
+
+        `entry`: 0 to 0x10ffef.  `cs`: the selector to reach it by; without, 0 below 0x10000, else the highest paragraph that is a
+        multiple of 0x1000 (0xFFFF above 1 MiB).  `sp`: initial SP, with SS 0.  Everything else as `reset()`.
+
+        ArgumentError: no CS:IP of the given `cs` reaches `entry`.
+        """
+        call = "real_mode"
+        for field, value in (("entry", entry), ("sp", sp), ("cs", 0 if cs is None else cs)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(call, field, value, "an int")
+        if not 0 <= entry < _REAL_MODE_END:
+            raise ArgumentError(call, "entry", entry, f"an address that real mode reaches: 0 to {_REAL_MODE_END - 1:#x}")
+        if not 0 <= sp <= 0xFFFF:
+            raise ArgumentError(call, "sp", sp, "0 to 0xffff")
+        if cs is None:
+            cs = 0xFFFF if entry >= 0x100000 else (entry & 0xF0000) >> 4
+        elif not 0 <= cs <= 0xFFFF or not 0 <= entry - (cs << 4) <= 0xFFFF:
+            raise ArgumentError(call, "cs", cs, f"a paragraph from which {entry:#x} is within 64 KiB")
+        self._real(cs=cs, cs_base=cs << 4, ip=entry - (cs << 4), sp=sp)
+
+    def _real(self, cs: int, cs_base: int, ip: int, sp: int) -> None:
+        kvm = self.kvm
+        kvm.complete_io()
+        sregs = kvm.sregs
+        for name in ("ds", "es", "fs", "gs", "ss"):
+            segment = getattr(sregs, name)
+            ffi.memmove(ffi.addressof(segment), ffi.new("struct kvm_segment *"), ffi.sizeof(segment))
+            segment.limit, segment.type, segment.present, segment.s = 0xFFFF, 3, 1, 1
+        ffi.memmove(ffi.addressof(sregs.cs), ffi.addressof(sregs.ds), ffi.sizeof(sregs.cs))
+        sregs.cs.selector, sregs.cs.base, sregs.cs.type = cs, cs_base, 0xB
+        for name, kind in (("tr", 0xB), ("ldt", 2)):
+            segment = getattr(sregs, name)
+            ffi.memmove(ffi.addressof(segment), ffi.new("struct kvm_segment *"), ffi.sizeof(segment))
+            segment.limit, segment.type, segment.present = 0xFFFF, kind, 1
+        for name in ("gdt", "idt"):
+            table = getattr(sregs, name)
+            table.base, table.limit = 0, 0xFFFF
+        sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer = _CR0_RESET, 0, 0, 0, 0, 0
+        for at in range(len(sregs.interrupt_bitmap)):
+            sregs.interrupt_bitmap[at] = 0
+        kvm.sregs = sregs
+        kvm.regs = ffi.new("struct kvm_regs *", {"rip": ip, "rsp": sp, "rflags": 2})
+        events = ffi.new("struct kvm_vcpu_events *")
+        events.flags = lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW
+        kvm.vcpu_events = events
+        if kvm.mp_state.mp_state != lib.KVM_MP_STATE_RUNNABLE:
+            kvm.mp_state = ffi.new("struct kvm_mp_state *", [lib.KVM_MP_STATE_RUNNABLE])
+
+    # ---- where it is ----
+
+    def location(self) -> Location:
+        """CS:RIP now, and the instruction bytes there as far as they are in RAM.
+
+        At a write exit KVM has moved RIP past the instruction.  Costs three ioctls.
+        """
+        regs, sregs = self.kvm.regs, self.kvm.sregs
+        linear = (sregs.cs.base + regs.rip) & (0xFFFFFFFFFFFFFFFF if sregs.efer & 0x400 else 0xFFFFFFFF)
+        return Location(sregs.cs.selector, regs.rip, linear, self._fetch(linear, _MAX_INSN))
+
+    def _fetch(self, linear: int, size: int) -> bytes:
+        # As many of the bytes as lie in RAM; page by page, for the next page may lie elsewhere.
+        found = b""
+        while size:
+            here = min(size, 0x1000 - (linear & 0xFFF))
+            try:
+                where = self.kvm.translate(linear)
+                if not where.valid:
+                    break
+                found += self._read(where.gpa, here)
+            except HvError:
+                break
+            linear, size = linear + here, size - here
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Cpu {self.id}>"

@@ -1,0 +1,97 @@
+"""The checks that `hvmodel verify` runs: who is compared with whom, by which function.
+
+A check is a function `check_NAME(tally, cases)` under the decorator; it counts into the `Tally` and notes what is
+lacking.  Every module that has checks stands in `MODULES`, so that what runs never depends on who imported what.
+"""
+
+from __future__ import annotations
+
+from ..errors import ArgumentError, HvError
+from ..value import Value
+from .result import CheckResult, Tally
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Function = Callable[[Tally, int], None]
+
+__all__ = ["Check", "check", "registered", "run"]
+
+MODULES = ("checks",)  # modules of hvmodel.witness that hold checks
+
+_PREFIX = "check_"
+
+
+class Check(Value):
+    """A registered check: `cases` of them are compared in a fast run, `slow` in a thorough one."""
+
+    name: str
+    model: str
+    witness: str
+    cases: int
+    slow: int
+    function: Function
+
+    def run(self, cases: int) -> CheckResult:
+        """Compare `cases` cases.
+
+        An HvError or OSError means that this host lacks something; any other exception is a bug and rises.
+        """
+        tally = Tally(self.model, self.witness)
+        try:
+            self.function(tally, cases)
+        except (HvError, OSError) as error:
+            tally.lack(f"{type(error).__name__}: {error}")
+        return tally.result()
+
+
+_checks: dict[str, Check] = {}
+
+
+def check(model: str, witness: str, *, cases: int = 1, slow: int | None = None) -> Callable[[Function], Function]:
+    """Decorator: register `check_NAME(tally, cases)` as the check NAME of `model` by `witness`.
+
+    `cases` is the number of cases of a fast run and `slow` (by default the same) of a thorough one; a check whose
+    cases are fixed may ignore it.  ArgumentError for a name or a pair of model and witness that is taken.
+    """
+    slow = cases if slow is None else slow
+    if not 1 <= cases <= slow:
+        raise ArgumentError("check", "cases", cases, f"1 to {slow}, the number of a slow run")
+
+    def register(function: Function) -> Function:
+        name = function.__name__.removeprefix(_PREFIX)
+        for other in _checks.values():
+            if other.name == name or (other.model, other.witness) == (model, witness):
+                detail = f"taken by {other.function.__module__}.{other.function.__name__}"
+                raise ArgumentError("check", "name", f"{name}: {model} x {witness}", None, detail)
+        _checks[name] = Check(name, model, witness, cases, slow, function)
+        return function
+
+    return register
+
+
+def registered() -> tuple[Check, ...]:
+    """All checks, ordered by model, then witness."""
+    from importlib import import_module
+
+    for module in MODULES:
+        import_module(f"{__package__}.{module}")
+    return tuple(sorted(_checks.values(), key=lambda c: (c.model, c.witness)))
+
+
+def run(names: Iterable[str] | None = None, *, slow: bool = False, cases: int | None = None) -> list[CheckResult]:
+    """Run the checks with these names (all by default), in the order of `registered()`.
+
+    `slow` takes each check's larger number of cases, `cases` overrides both.  ArgumentError for an unknown name.
+    """
+    known = registered()
+    if names is not None:
+        wanted = [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in wanted if name not in {c.name for c in known}]
+        if unknown:
+            raise ArgumentError("verify", "names", unknown[0], ", ".join(c.name for c in known))
+        known = tuple(c for c in known if c.name in wanted)
+    if cases is not None and cases < 1:
+        raise ArgumentError("verify", "cases", cases, "at least 1")
+    return [c.run(cases if cases is not None else c.slow if slow else c.cases) for c in known]

@@ -1,0 +1,1028 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The run loop: KVM_RUN without races and without a system call per exit.
+ *
+ * Interruption.  The page of struct kvm_run has one byte, immediate_exit, that makes KVM_RUN return EINTR at
+ * once.  Only the running thread writes it, in its own signal handlers, which find the vCPU through `runner`
+ * (thread-local).  So a signal that lands between the last check and KVM_RUN is not lost, and nobody touches a
+ * kvm_run page that another thread may be unmapping:
+ *
+ *   runner                                kicker
+ *   state = RUNNING, tid, runner.current  kick = 1
+ *   -- full barrier --                    -- full barrier --
+ *   kick set?  answer HV_KICKED           state RUNNING?  tgkill(tid, kick signal)
+ *   KVM_RUN
+ *
+ * Either the runner sees the kick or the kicker sees the runner; a signal to a thread that has left finds no
+ * current vCPU and does nothing, and the kick stays pending for the next run.
+ *
+ * Signals of the process (Ctrl-C) work in the same way: a handler of ours stands before the one that was
+ * installed, runs it first, counts, and then interrupts every running vCPU.  A runner that finds the count
+ * ahead of what it has seen does not enter.
+ *
+ * Deadlines: one timer per thread, armed only when none is armed or the deadline is earlier than what is
+ * armed; its handler re-arms for a later deadline.  The common run costs one read of the clock.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+#include "kvm_uapi.h"
+#include "run.h"
+
+#define KVM_RUN_REQUEST _IO(0xAE, 0x80)
+
+enum { HV_STATE_CLOSED = 0, HV_STATE_IDLE = 1, HV_STATE_RUNNING = 2 };
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+struct hv_runner {
+	struct hv_vcpu *current; /* what this thread runs now */
+	pid_t tid;		 /* 0: this thread has never run a vCPU */
+	int64_t armed;		 /* when the timer fires; 0: not armed */
+	uint64_t left;		 /* TSC when it last left hv_run() */
+	timer_t timer;
+	bool has_timer;
+	bool chaining; /* inside on_chained() */
+};
+
+/* initial-exec: a signal handler must not be the one to allocate thread-local storage. */
+static __thread struct hv_runner runner __attribute__((tls_model("initial-exec")));
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_key_t timer_key;
+static int kick_signal;
+static uint64_t gap_cycles; /* time away from hv_run() in which Python can change a signal handler: 1 us */
+static uint32_t generation; /* bumped in the child of a fork */
+static uint32_t exiting;
+static pid_t process;
+
+int64_t hv_monotonic_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* ---- the pool: a struct hv_vcpu is never given back, so that signal handlers and late kickers may read it ---- */
+
+#define POOL_CHUNK 64
+#define POOL_QUARANTINE 512 /* closed ones that wait before the oldest is used again */
+
+struct pool_chunk {
+	struct pool_chunk *next;
+	struct hv_vcpu vcpus[POOL_CHUNK];
+};
+
+static struct pool_chunk *pool;
+static struct hv_vcpu *free_oldest, *free_newest;
+static uint32_t nr_free;
+
+static struct hv_vcpu *pool_take(void)
+{
+	struct pool_chunk *chunk;
+	struct hv_vcpu *v;
+
+	if (nr_free <= POOL_QUARANTINE) {
+		chunk = calloc(1, sizeof(*chunk));
+		if (!chunk)
+			return NULL;
+		for (int i = 0; i < POOL_CHUNK; i++) {
+			chunk->vcpus[i].next_free = free_oldest;
+			free_oldest = &chunk->vcpus[i];
+			if (!free_newest)
+				free_newest = free_oldest;
+		}
+		nr_free += POOL_CHUNK;
+		chunk->next = pool;
+		__atomic_store_n(&pool, chunk, __ATOMIC_RELEASE);
+	}
+	v = free_oldest;
+	free_oldest = v->next_free;
+	if (!free_oldest)
+		free_newest = NULL;
+	nr_free--;
+	return v;
+}
+
+static void pool_give(struct hv_vcpu *v)
+{
+	v->next_free = NULL;
+	if (free_newest)
+		free_newest->next_free = v;
+	else
+		free_oldest = v;
+	free_newest = v;
+	nr_free++;
+}
+
+/* ---- signals ---- */
+
+static void signal_runner(struct hv_vcpu *v)
+{
+	pid_t tid = __atomic_load_n(&v->tid, __ATOMIC_RELAXED);
+
+	/* The thread may have ended, or its number be another thread's now: the handler there does nothing. */
+	if (tid)
+		syscall(SYS_tgkill, process, tid, kick_signal);
+}
+
+static void arm_timer(int64_t deadline)
+{
+	struct itimerspec at = {
+		.it_value = { .tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000 },
+	};
+
+	if (!timer_settime(runner.timer, TIMER_ABSTIME, &at, NULL))
+		runner.armed = deadline;
+}
+
+static void on_kick(int signal, siginfo_t *info, void *context)
+{
+	struct hv_vcpu *v = runner.current;
+	int saved = errno;
+
+	(void)signal;
+	(void)context;
+	if (info->si_code == SI_TIMER)
+		runner.armed = 0;
+	if (v) {
+		if (info->si_code != SI_TIMER) {
+			v->run->immediate_exit = 1;
+		} else if (v->deadline) {
+			if (hv_monotonic_ns() >= v->deadline) {
+				v->timed_out = 1;
+				v->run->immediate_exit = 1;
+			} else {
+				arm_timer(v->deadline);
+			}
+		}
+	}
+	errno = saved;
+}
+
+/* The signals by which people and programs stop a process.  Those without a handler are left alone. */
+static const int chained[] = { SIGINT, SIGTERM, SIGHUP, SIGALRM, SIGUSR1, SIGUSR2 };
+#define NR_CHAINED (sizeof(chained) / sizeof(chained[0]))
+static struct sigaction behind[NR_CHAINED];
+static uint32_t nr_signals;
+
+static void on_chained(int signal, siginfo_t *info, void *context)
+{
+	int saved = errno;
+	pid_t tid;
+
+	if (runner.chaining)
+		return; /* the handler behind us has us behind it */
+	runner.chaining = true;
+	for (size_t i = 0; i < NR_CHAINED; i++) {
+		if (chained[i] != signal)
+			continue;
+		if (behind[i].sa_flags & SA_SIGINFO)
+			behind[i].sa_sigaction(signal, info, context);
+		else
+			behind[i].sa_handler(signal);
+	}
+	/* After the handler: whoever sees the new count may rely on Python's own flag being set. */
+	__atomic_fetch_add(&nr_signals, 1, __ATOMIC_SEQ_CST);
+	if (runner.current)
+		runner.current->run->immediate_exit = 1;
+	tid = (pid_t)syscall(SYS_gettid);
+	for (struct pool_chunk *c = __atomic_load_n(&pool, __ATOMIC_ACQUIRE); c; c = c->next)
+		for (int i = 0; i < POOL_CHUNK; i++) {
+			struct hv_vcpu *v = &c->vcpus[i];
+
+			if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING && v->tid != tid)
+				signal_runner(v);
+		}
+	runner.chaining = false;
+	errno = saved;
+}
+
+static int chain_signal(size_t i)
+{
+	struct sigaction now, ours;
+
+	if (sigaction(chained[i], NULL, &now))
+		return -errno;
+	if (now.sa_handler == SIG_DFL || now.sa_handler == SIG_IGN || now.sa_sigaction == on_chained)
+		return 0;
+	ours = now;
+	ours.sa_flags |= SA_SIGINFO;
+	ours.sa_sigaction = on_chained;
+	behind[i] = now;
+	return sigaction(chained[i], &ours, NULL) ? -errno : 0;
+}
+
+/* Put our handler before those installed since the last call.  0 or -errno. */
+int hv_chain_signals(void)
+{
+	int rc = 0;
+
+	pthread_mutex_lock(&lock);
+	for (size_t i = 0; i < NR_CHAINED && !rc; i++)
+		rc = chain_signal(i);
+	pthread_mutex_unlock(&lock);
+	return rc;
+}
+
+static void delete_timer(void *unused)
+{
+	(void)unused;
+	if (runner.has_timer) {
+		timer_delete(runner.timer);
+		runner.has_timer = false;
+		runner.armed = 0;
+	}
+}
+
+static void after_fork_in_child(void)
+{
+	generation++;
+	process = getpid();
+	/* Timers are not inherited, threads neither; what the parent runs is not running here. */
+	memset(&runner, 0, sizeof(runner));
+	pthread_mutex_init(&lock, NULL);
+	for (struct pool_chunk *c = pool; c; c = c->next)
+		for (int i = 0; i < POOL_CHUNK; i++)
+			if (c->vcpus[i].state == HV_STATE_RUNNING)
+				c->vcpus[i].state = HV_STATE_IDLE;
+}
+
+/* Called with the lock held, once. */
+static int start(void)
+{
+	struct sigaction kick = { .sa_sigaction = on_kick, .sa_flags = SA_SIGINFO | SA_RESTART };
+	struct sigaction now;
+	int64_t t0, t1;
+	uint64_t c0;
+	int signal;
+
+	/* A real-time signal that nobody uses: of two pending kicks neither is dropped, and no one else sends it. */
+	for (signal = SIGRTMAX - 1; signal > SIGRTMIN; signal--)
+		if (!sigaction(signal, NULL, &now) && now.sa_handler == SIG_DFL)
+			break;
+	if (signal <= SIGRTMIN)
+		return -EBUSY;
+	if (sigaction(signal, &kick, NULL))
+		return -errno;
+	if (pthread_key_create(&timer_key, delete_timer))
+		return -EAGAIN;
+	if (pthread_atfork(NULL, NULL, after_fork_in_child))
+		return -ENOMEM;
+	t0 = hv_monotonic_ns();
+	c0 = __rdtsc();
+	do
+		t1 = hv_monotonic_ns();
+	while (t1 - t0 < 20000);
+	gap_cycles = (__rdtsc() - c0) * 1000 / (uint64_t)(t1 - t0);
+	process = getpid();
+	__atomic_store_n(&kick_signal, signal, __ATOMIC_RELEASE);
+	return 0;
+}
+
+int hv_kick_signal(void)
+{
+	return kick_signal;
+}
+
+/* From now on hv_run() answers HV_EXITING; running vCPUs are interrupted. */
+void hv_exiting(void)
+{
+	__atomic_store_n(&exiting, 1, __ATOMIC_SEQ_CST);
+	for (struct pool_chunk *c = __atomic_load_n(&pool, __ATOMIC_ACQUIRE); c; c = c->next)
+		for (int i = 0; i < POOL_CHUNK; i++)
+			if (__atomic_load_n(&c->vcpus[i].state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING)
+				hv_kick(&c->vcpus[i], 0);
+}
+
+/* Before a thread's first run. */
+static int start_thread(void)
+{
+	sigset_t kick;
+
+	sigemptyset(&kick);
+	sigaddset(&kick, kick_signal);
+	if (pthread_sigmask(SIG_UNBLOCK, &kick, NULL))
+		return -EINVAL;
+	runner.tid = (pid_t)syscall(SYS_gettid);
+	return 0;
+}
+
+static int start_timer(void)
+{
+	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = kick_signal };
+
+	event.sigev_notify_thread_id = runner.tid;
+	if (timer_create(CLOCK_MONOTONIC, &event, &runner.timer))
+		return -errno;
+	runner.has_timer = true;
+	/* The value only has to be non-NULL for the destructor to be called when the thread ends. */
+	pthread_setspecific(timer_key, &runner);
+	return 0;
+}
+
+/* ---- life ---- */
+
+/* Map the kvm_run page of vCPU `fd` and make *out runnable.  0 or -errno. */
+int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
+{
+	struct hv_vcpu *v = NULL;
+	void *run;
+	int rc = 0;
+
+	run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (run == MAP_FAILED)
+		return -errno;
+	pthread_mutex_lock(&lock);
+	if (!kick_signal)
+		rc = start();
+	if (!rc) {
+		v = pool_take();
+		rc = v ? 0 : -ENOMEM;
+	}
+	pthread_mutex_unlock(&lock);
+	if (rc) {
+		munmap(run, run_size);
+		return rc;
+	}
+	memset(v, 0, sizeof(*v));
+	v->fd = fd;
+	v->run = run;
+	v->run_size = run_size;
+	v->generation = generation;
+	v->signals = __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_SEQ_CST);
+	*out = v;
+	return hv_chain_signals();
+}
+
+/* Stop the runner if there is one, and unmap the kvm_run page.  0, or -EBUSY if it did not leave in time. */
+int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
+{
+	struct timespec nap = { .tv_nsec = 20000 };
+	int64_t until = hv_monotonic_ns() + timeout_ns;
+	uint32_t idle = HV_STATE_IDLE;
+
+	while (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_CLOSED, false, __ATOMIC_SEQ_CST,
+					    __ATOMIC_SEQ_CST)) {
+		if (idle == HV_STATE_CLOSED)
+			return 0;
+		if (hv_monotonic_ns() > until)
+			return -EBUSY;
+		hv_kick(v, 0);
+		nanosleep(&nap, NULL);
+		idle = HV_STATE_IDLE;
+	}
+	munmap(v->run, v->run_size);
+	v->run = NULL;
+	v->batch = NULL;
+	__atomic_fetch_add(&v->acks, 1, __ATOMIC_SEQ_CST);
+	pthread_mutex_lock(&lock);
+	pool_give(v);
+	pthread_mutex_unlock(&lock);
+	return 0;
+}
+
+/* ---- kick ---- */
+
+#define KICK_SPIN_NS 200000
+
+/*
+ * Make the running or next hv_run() answer HV_KICKED, once.  A kick of a running vCPU waits up to wait_ns until
+ * the runner's Python code has taken note (by storing kicks in acks, with the GIL held): the caller has given up
+ * the GIL, and would win it back before the runner gets to it.  1: the runner knows; 0: pending, or the vCPU was
+ * not running.
+ */
+int hv_kick(struct hv_vcpu *v, int64_t wait_ns)
+{
+	uint32_t acks = __atomic_load_n(&v->acks, __ATOMIC_SEQ_CST);
+	struct timespec nap = { .tv_nsec = 50000 };
+	int64_t begin, now;
+
+	__atomic_store_n(&v->kick, 1, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) != HV_STATE_RUNNING)
+		return 0;
+	signal_runner(v);
+	begin = hv_monotonic_ns();
+	for (now = begin; now - begin < wait_ns; now = hv_monotonic_ns()) {
+		if (__atomic_load_n(&v->acks, __ATOMIC_SEQ_CST) != acks)
+			return 1;
+		/* It has left with an exit of its own: the kick waits for the next run. */
+		if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) != HV_STATE_RUNNING &&
+		    __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST))
+			return 0;
+		if (now - begin < KICK_SPIN_NS)
+			sched_yield();
+		else
+			nanosleep(&nap, NULL);
+	}
+	return 0;
+}
+
+/* The main thread, holding the GIL: signals up to now are Python's business, not the next run's. */
+void hv_ack_signals(struct hv_vcpu *v)
+{
+	v->signals = __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST);
+}
+
+/* ---- rings ---- */
+
+static uint64_t min64(uint64_t a, uint64_t b)
+{
+	return a < b ? a : b;
+}
+
+/* Append up to `size` bytes; how many. */
+uint64_t hv_ring_write(struct hv_ring *ring, const uint8_t *from, uint64_t size)
+{
+	uint64_t head = ring->head;
+	uint64_t room = ring->capacity - (head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE));
+	uint64_t at = head & (ring->capacity - 1);
+	uint64_t first;
+
+	size = min64(size, room);
+	first = min64(size, ring->capacity - at);
+	memcpy(ring->data + at, from, first);
+	memcpy(ring->data, from + first, size - first);
+	__atomic_store_n(&ring->head, head + size, __ATOMIC_RELEASE);
+	return size;
+}
+
+/* Take up to `size` bytes; how many. */
+uint64_t hv_ring_read(struct hv_ring *ring, uint8_t *to, uint64_t size)
+{
+	uint64_t tail = ring->tail;
+	uint64_t at = tail & (ring->capacity - 1);
+	uint64_t first;
+
+	size = min64(size, __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) - tail);
+	first = min64(size, ring->capacity - at);
+	memcpy(to, ring->data + at, first);
+	memcpy(to + first, ring->data, size - first);
+	__atomic_store_n(&ring->tail, tail + size, __ATOMIC_RELEASE);
+	return size;
+}
+
+static uint64_t ring_room(const struct hv_ring *ring)
+{
+	return ring->capacity - (ring->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE));
+}
+
+/* ---- serving exits in C ---- */
+
+/* One port or memory access, however KVM reports it. */
+struct access {
+	uint64_t address;
+	uint8_t *data; /* in the kvm_run page */
+	uint64_t bytes;
+	uint32_t size;
+	uint32_t count;
+	bool is_write;
+};
+
+static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t address, uint32_t size)
+{
+	uint32_t low = 0, high = nr;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+		struct hv_rule *rule = &rules[middle];
+
+		if (address < rule->start)
+			high = middle;
+		else if (address >= rule->end)
+			low = middle + 1;
+		else
+			return size <= rule->end - address ? rule : NULL;
+	}
+	return NULL;
+}
+
+static void fill(struct access *a, uint64_t value)
+{
+	for (uint32_t i = 0; i < a->count; i++)
+		memcpy(a->data + (uint64_t)i * a->size, &value, a->size);
+}
+
+#define MAX_EXIT_BYTES 4096 /* the PIO page: what one exit can carry */
+
+/* What is done with the access: an HV_* policy, HV_STOP for Python; *full when a ring cannot take another. */
+static uint32_t serve_access(struct access *a, struct hv_rule *rule, uint32_t unclaimed, bool *full)
+{
+	uint32_t policy = !rule ? unclaimed : a->is_write ? rule->write : rule->read;
+
+	if (rule) {
+		if (a->is_write)
+			rule->nr_writes++;
+		else
+			rule->nr_reads++;
+	}
+	if (policy == HV_FEED) {
+		struct hv_ring *ring = rule->feed;
+
+		if (ring && __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) - ring->tail >= a->bytes) {
+			hv_ring_read(ring, a->data, a->bytes);
+			return HV_FEED;
+		}
+		policy = rule->on_empty;
+	}
+	switch (policy) {
+	case HV_IGNORE:
+		if (!a->is_write)
+			memset(a->data, 0xff, a->bytes);
+		return HV_IGNORE;
+	case HV_CONSTANT:
+		if (!a->is_write)
+			fill(a, rule->value);
+		return HV_CONSTANT;
+	case HV_CAPTURE:
+		if (!a->is_write || ring_room(rule->capture) < a->bytes)
+			return HV_STOP;
+		hv_ring_write(rule->capture, a->data, a->bytes);
+		*full = ring_room(rule->capture) < MAX_EXIT_BYTES;
+		return HV_CAPTURE;
+	default:
+		return HV_STOP;
+	}
+}
+
+static bool get_access(struct hv_vcpu *v, struct access *a)
+{
+	struct kvm_run *run = v->run;
+
+	if (run->exit_reason == KVM_EXIT_IO) {
+		a->address = run->io.port;
+		a->size = run->io.size;
+		a->count = run->io.count;
+		a->bytes = (uint64_t)a->size * a->count;
+		a->is_write = run->io.direction == KVM_EXIT_IO_OUT;
+		a->data = (uint8_t *)run + run->io.data_offset;
+		return run->io.data_offset <= v->run_size && a->bytes <= v->run_size - run->io.data_offset;
+	}
+	if (run->exit_reason == KVM_EXIT_MMIO) {
+		a->address = run->mmio.phys_addr;
+		a->size = run->mmio.len;
+		a->count = 1;
+		a->bytes = a->size;
+		a->is_write = run->mmio.is_write;
+		a->data = run->mmio.data;
+		return a->size <= sizeof(run->mmio.data);
+	}
+	return false;
+}
+
+static uint64_t first_bytes(const struct access *a)
+{
+	uint64_t value = 0;
+
+	memcpy(&value, a->data, a->bytes < 8 ? a->bytes : 8);
+	return value;
+}
+
+static void record(struct hv_vcpu *v, struct hv_batch *b, const struct access *a, uint32_t policy)
+{
+	struct kvm_run *run = v->run;
+	struct hv_record *r = &b->records[b->nr_records++];
+
+	*r = (struct hv_record){ .reason = run->exit_reason, .count = 1, .policy = (uint8_t)policy };
+	if (b->timestamps)
+		r->time_ns = (uint64_t)hv_monotonic_ns();
+	if (run->kvm_valid_regs & KVM_SYNC_X86_REGS)
+		r->rip = run->s.regs.regs.rip;
+	if (a) {
+		r->address = a->address;
+		r->count = a->count;
+		r->size = (uint8_t)a->size;
+		r->is_write = a->is_write;
+		if (a->is_write || policy != HV_STOP)
+			r->data = first_bytes(a);
+	} else if (run->exit_reason == KVM_EXIT_X86_RDMSR || run->exit_reason == KVM_EXIT_X86_WRMSR) {
+		r->address = run->msr.index;
+		r->size = 8;
+		r->is_write = run->exit_reason == KVM_EXIT_X86_WRMSR;
+		if (r->is_write)
+			r->data = run->msr.data;
+	}
+}
+
+/* 0: served, enter again; 1: Python's; else an HV_* code, the exit being served. */
+static int64_t serve(struct hv_vcpu *v, struct hv_batch *b, uint64_t *served)
+{
+	struct kvm_run *run = v->run;
+	uint32_t reason = run->exit_reason;
+	uint32_t policy = HV_STOP;
+	struct access access;
+	bool has_access = get_access(v, &access);
+	bool full = false;
+
+	b->nr_exits++;
+	b->counts[reason < HV_NR_REASONS ? reason : HV_NR_REASONS - 1]++;
+	if (has_access) {
+		if (reason == KVM_EXIT_IO)
+			policy = serve_access(&access,
+					      find_rule(b->pio, b->nr_pio, access.address, access.size),
+					      b->unclaimed_pio, &full);
+		else
+			policy = serve_access(&access,
+					      find_rule(b->mmio, b->nr_mmio, access.address, access.size),
+					      b->unclaimed_mmio, &full);
+	}
+	if (b->records)
+		record(v, b, has_access ? &access : NULL, policy);
+	if (policy == HV_STOP)
+		return 1;
+	b->nr_served++;
+	if (full)
+		return HV_RING_FULL;
+	if (b->records && b->nr_records >= b->records_capacity)
+		return HV_RECORDS_FULL;
+	if (++*served == b->max_exits)
+		return HV_LIMIT;
+	return 0;
+}
+
+/* ---- running ---- */
+
+/* The exit in the kvm_run page as a word; notes what the next entry will have to finish. */
+static int64_t pack_exit(struct hv_vcpu *v)
+{
+	struct kvm_run *run = v->run;
+	int64_t word = run->exit_reason;
+
+	switch (run->exit_reason) {
+	case KVM_EXIT_IO: {
+		uint32_t data = 0;
+
+		v->incomplete = 1;
+		v->unanswered = run->io.direction == KVM_EXIT_IO_IN;
+		word |= (int64_t)run->io.direction << HV_WORD_WRITE_SHIFT;
+		word |= (int64_t)run->io.size << HV_WORD_SIZE_SHIFT;
+		if (run->io.count != 1 || run->io.size > 4)
+			return word | HV_WORD_COMPLEX;
+		if (run->io.direction == KVM_EXIT_IO_OUT)
+			memcpy(&data, (uint8_t *)run + run->io.data_offset, run->io.size);
+		return word | (int64_t)run->io.port << HV_WORD_PORT_SHIFT | (int64_t)data << HV_WORD_DATA_SHIFT;
+	}
+	case KVM_EXIT_MMIO:
+		v->incomplete = 1;
+		v->unanswered = !run->mmio.is_write;
+		return word | HV_WORD_COMPLEX;
+	case KVM_EXIT_X86_RDMSR:
+		v->incomplete = 1;
+		v->unanswered = 1;
+		return word | HV_WORD_COMPLEX;
+	case KVM_EXIT_HYPERCALL:
+	case KVM_EXIT_X86_WRMSR:
+	case KVM_EXIT_XEN:
+	case KVM_EXIT_HYPERV:
+		v->incomplete = 1;
+		return word | HV_WORD_COMPLEX;
+	case KVM_EXIT_HLT:
+	case KVM_EXIT_SHUTDOWN:
+	case KVM_EXIT_IRQ_WINDOW_OPEN:
+		return word;
+	default:
+		return word | HV_WORD_COMPLEX;
+	}
+}
+
+/* Why KVM_RUN answered EINTR, or why it was not entered; 0: no reason. */
+static int64_t interruption(struct hv_vcpu *v)
+{
+	uint32_t signals = __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST);
+
+	if (__atomic_load_n(&v->kick, __ATOMIC_SEQ_CST)) {
+		__atomic_store_n(&v->kick, 0, __ATOMIC_SEQ_CST);
+		v->kicks++;
+		return __atomic_load_n(&exiting, __ATOMIC_SEQ_CST) ? HV_EXITING : HV_KICKED;
+	}
+	if (signals != v->signals) {
+		v->signals = signals;
+		return HV_SIGNALED;
+	}
+	if (v->timed_out)
+		return HV_TIMEOUT;
+	return 0;
+}
+
+/* The exit at hand to the batch, if there is one.  An exit word for Python; an HV_* code; 0: enter again. */
+static int64_t take_exit(struct hv_vcpu *v, uint64_t *served)
+{
+	int64_t code = 1;
+
+	v->unanswered = 0;
+	if (v->batch)
+		code = serve(v, v->batch, served);
+	if (code == 1)
+		return pack_exit(v);
+	v->incomplete = 1;
+	return code;
+}
+
+static int64_t enter(struct hv_vcpu *v)
+{
+	struct hv_batch *b = v->batch;
+	uint64_t served = 0;
+	int64_t word;
+
+	if (b && b->records && b->nr_records >= b->records_capacity)
+		return HV_RECORDS_FULL;
+	for (;;) {
+		if (v->held) {
+			v->held = 0;
+		} else if (ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
+			word = -errno;
+			if (word != -EINTR && word != -EAGAIN)
+				return word;
+			v->incomplete = 0;
+			if (word == -EAGAIN)
+				return word;
+			word = interruption(v);
+			/* Else our timer, set for an earlier deadline, or a signal that is not chained. */
+			return word ? word : HV_RETRY;
+		}
+		v->incomplete = 0;
+		word = take_exit(v, &served);
+		if (word)
+			return word;
+	}
+}
+
+/* From idle to running, by one thread.  0 or an HV_* code. */
+static int64_t acquire(struct hv_vcpu *v)
+{
+	uint32_t idle = HV_STATE_IDLE;
+
+	if (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_RUNNING, false, __ATOMIC_SEQ_CST,
+					 __ATOMIC_SEQ_CST))
+		return idle == HV_STATE_CLOSED ? HV_CLOSED : HV_BUSY;
+	return 0;
+}
+
+static void release(struct hv_vcpu *v)
+{
+	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_SEQ_CST);
+}
+
+static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
+{
+	int64_t word;
+
+	if (v->generation != generation)
+		return HV_FORKED;
+	if (__atomic_load_n(&exiting, __ATOMIC_RELAXED))
+		return HV_EXITING;
+	if (v->unanswered)
+		return HV_UNANSWERED;
+	if (!runner.tid) {
+		word = start_thread();
+		if (word)
+			return word;
+	}
+	/* Python may have installed a handler of its own since; it cannot within a microsecond. */
+	if (__rdtsc() - runner.left > gap_cycles) {
+		pthread_mutex_lock(&lock);
+		chain_signal(0);
+		pthread_mutex_unlock(&lock);
+	}
+	if (deadline && !runner.has_timer) {
+		word = start_timer();
+		if (word)
+			return word;
+	}
+	v->timed_out = 0;
+	v->deadline = deadline;
+	__atomic_store_n(&v->tid, runner.tid, __ATOMIC_SEQ_CST);
+	runner.current = v;
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	/* Only now: a timer that fires earlier finds no vCPU to interrupt. */
+	if (deadline && (!runner.armed || runner.armed > deadline))
+		arm_timer(deadline);
+	word = interruption(v);
+	if (!word)
+		word = enter(v);
+	runner.current = NULL;
+	__atomic_signal_fence(__ATOMIC_SEQ_CST);
+	v->run->immediate_exit = 0;
+	return word;
+}
+
+/*
+ * Run vCPU `v` until an exit that Python must see, or an interruption, or CLOCK_MONOTONIC reaches deadline_ns
+ * (0: none).  An exit word, -errno of KVM_RUN, or an HV_* code.
+ */
+int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
+{
+	int64_t word = acquire(v);
+
+	if (word)
+		return word;
+	word = run_acquired(v, deadline_ns);
+	release(v);
+	runner.left = __rdtsc();
+	return word;
+}
+
+/* The same with a time limit from now on; timeout_ns < 0: none. */
+int64_t hv_run(struct hv_vcpu *v, int64_t timeout_ns)
+{
+	return hv_run_until(v, timeout_ns < 0 ? 0 : hv_monotonic_ns() + timeout_ns);
+}
+
+/*
+ * Finish the instruction of the last exit without running on: KVM_RUN with immediate_exit.  0, or -errno, or an
+ * HV_* code.  A further exit of the same instruction is held and answered by the next hv_run().
+ */
+int64_t hv_complete(struct hv_vcpu *v)
+{
+	int64_t word = acquire(v);
+
+	if (word)
+		return word;
+	if (v->generation != generation) {
+		word = HV_FORKED;
+	} else if (v->unanswered) {
+		word = HV_UNANSWERED;
+	} else if (v->incomplete && !v->held) {
+		v->run->immediate_exit = 1;
+		if (!ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
+			v->held = 1;
+		} else if (errno != EINTR) {
+			word = -errno;
+		} else {
+			v->incomplete = 0;
+		}
+		v->run->immediate_exit = 0;
+	}
+	release(v);
+	return word;
+}
+
+/* ---- answering reads ---- */
+
+/* Where the answer to the exit at hand goes, and its size in bytes; NULL where nothing is asked. */
+static uint8_t *answer_slot(struct hv_vcpu *v, uint64_t *size, uint32_t *element)
+{
+	struct access a;
+
+	if (v->incomplete && !v->held && v->run->exit_reason == KVM_EXIT_HYPERCALL) {
+		*size = *element = sizeof(v->run->hypercall.ret);
+		return (uint8_t *)&v->run->hypercall.ret;
+	}
+	if (!v->unanswered)
+		return NULL;
+	if (v->run->exit_reason == KVM_EXIT_X86_RDMSR) {
+		*size = *element = sizeof(v->run->msr.data);
+		v->run->msr.error = 0;
+		return (uint8_t *)&v->run->msr.data;
+	}
+	if (!get_access(v, &a))
+		return NULL;
+	*size = a.bytes;
+	*element = a.size;
+	return a.data;
+}
+
+/*
+ * Answer every element of the pending read with `value`, little-endian.  0; HV_CLOSED, HV_BUSY; -EINVAL: no read is
+ * pending; -ERANGE: the value needs more than the access's size.
+ */
+int hv_answer(struct hv_vcpu *v, uint64_t value)
+{
+	uint32_t element = 0;
+	uint64_t size = 0;
+	uint8_t *slot;
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	slot = answer_slot(v, &size, &element);
+	if (!slot) {
+		rc = -EINVAL;
+	} else if (element < 8 && value >> (8 * element)) {
+		rc = -ERANGE;
+	} else {
+		for (uint64_t at = 0; at < size; at += element)
+			memcpy(slot + at, &value, element);
+		v->unanswered = 0;
+	}
+	release(v);
+	return (int)rc;
+}
+
+/* Answer with `size` bytes.  0; HV_CLOSED, HV_BUSY; -EINVAL: no read is pending; -EMSGSIZE: not its size. */
+int hv_answer_bytes(struct hv_vcpu *v, const uint8_t *data, uint64_t size)
+{
+	uint32_t element = 0;
+	uint64_t wanted = 0;
+	uint8_t *slot;
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	slot = answer_slot(v, &wanted, &element);
+	if (!slot) {
+		rc = -EINVAL;
+	} else if (size != wanted) {
+		rc = -EMSGSIZE;
+	} else {
+		memcpy(slot, data, size);
+		v->unanswered = 0;
+	}
+	release(v);
+	return (int)rc;
+}
+
+/* Let the guest's RDMSR or WRMSR of the exit at hand raise #GP.  0; HV_CLOSED, HV_BUSY; -EINVAL: no such exit. */
+int hv_fail_msr(struct hv_vcpu *v)
+{
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	if (v->incomplete && !v->held &&
+	    (v->run->exit_reason == KVM_EXIT_X86_RDMSR || v->run->exit_reason == KVM_EXIT_X86_WRMSR)) {
+		v->run->msr.error = 1;
+		v->unanswered = 0;
+	} else {
+		rc = -EINVAL;
+	}
+	release(v);
+	return (int)rc;
+}
+
+/* ---- the batch, changed while nobody runs it ---- */
+
+/* Serve exits of `v` by `batch` (NULL: by none).  0, HV_BUSY or HV_CLOSED. */
+int hv_set_batch(struct hv_vcpu *v, struct hv_batch *batch)
+{
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	v->batch = batch;
+	release(v);
+	return 0;
+}
+
+/*
+ * Give `batch` new rules; `next` carries only rules, defaults, limit and records.  `v` is the vCPU it serves, or
+ * NULL.  0, HV_BUSY or HV_CLOSED.
+ */
+int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_batch *next)
+{
+	int64_t rc = v ? acquire(v) : 0;
+
+	if (rc)
+		return (int)rc;
+	batch->pio = next->pio;
+	batch->mmio = next->mmio;
+	batch->nr_pio = next->nr_pio;
+	batch->nr_mmio = next->nr_mmio;
+	batch->unclaimed_pio = next->unclaimed_pio;
+	batch->unclaimed_mmio = next->unclaimed_mmio;
+	batch->max_exits = next->max_exits;
+	batch->timestamps = next->timestamps;
+	if (batch->records != next->records) {
+		batch->records = next->records;
+		batch->records_capacity = next->records_capacity;
+		batch->nr_records = 0;
+	}
+	if (v)
+		release(v);
+	return 0;
+}
+
+/* Move the first records out, up to `room` of them; the rest moves up.  How many, or HV_BUSY. */
+int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to, uint64_t room)
+{
+	int64_t rc = v ? acquire(v) : 0;
+	uint64_t n;
+
+	if (rc == HV_BUSY)
+		return rc;
+	n = min64(batch->nr_records, room);
+	memcpy(to, batch->records, n * sizeof(*to));
+	batch->nr_records -= n;
+	memmove(batch->records, batch->records + n, batch->nr_records * sizeof(*to));
+	if (v && !rc)
+		release(v);
+	return (int64_t)n;
+}

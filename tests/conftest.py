@@ -1,0 +1,29 @@
+"""What every test runs under: requirements that exist, and doctests only where their machine is."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.need import NEEDS, _required, lacking, need
+
+_WITHOUT_KVM = ("errors", "units", "value", "arch", "host", "ram", "witness")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = _required() - NEEDS.keys()
+    if unknown:
+        raise pytest.UsageError(f"HVMODEL_REQUIRE: {sorted(unknown)} unknown; known: {sorted(NEEDS)}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    have = [what for what in NEEDS if lacking(what) is None]
+    lack = [f"{what} ({lacking(what)})" for what in NEEDS if lacking(what) is not None]
+    return [f"hvmodel: this machine has {', '.join(have)}; lacks {', '.join(lack) or 'nothing'}"]
+
+
+@pytest.fixture(autouse=True)
+def _doctests_need_kvm(request: pytest.FixtureRequest) -> None:
+    if isinstance(request.node, pytest.DoctestItem) and not any(
+        f"hvmodel.{name}" in request.node.name for name in _WITHOUT_KVM
+    ):
+        need("kvm")
