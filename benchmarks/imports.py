@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ STARTS = 1
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("click", "numpy", "psutil", "ptrace", "rich")
 
+# Without byte code on disk, a start would compile; the warm-up writes what is missing.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 NOTHING = "pass"
 PACKAGE = "import hvmodel"
 MACHINE = "import hvmodel; hvmodel.Machine"
@@ -45,7 +48,9 @@ def run(pace: Pace) -> list[Result]:
 def _start_ms(code: str) -> float:
     # Without pipes and without closing fds in the child, subprocess is one vfork, exec and wait.
     start = time.perf_counter_ns()
-    status = subprocess.run([sys.executable, "-c", code], cwd=ROOT, close_fds=False, check=False).returncode
+    status = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, close_fds=False, check=False
+    ).returncode
     took = time.perf_counter_ns() - start
     if status:
         raise BenchmarkError(f"python -c {code!r} ended with status {status}")
@@ -53,7 +58,9 @@ def _start_ms(code: str) -> float:
 
 
 def _output(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise BenchmarkError(f"python -c {code!r} ended with status {done.returncode}:\n{done.stderr}")
     return done.stdout

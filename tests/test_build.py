@@ -278,11 +278,11 @@ def test_a_wrong_value_is_named(
     assert report.grown == (["struct kvm_pit_config.pad"] if "pad" in pattern else [])
 
 
-def test_missing_headers_of_the_c_library_name_the_package() -> None:
+def test_missing_headers_of_the_c_library_name_the_package(tmp_path: Path) -> None:
     # gcc's own headers alone, as on a system with gcc and without libc6-dev.
     own = subprocess.run(["gcc", "-print-file-name=include"], capture_output=True, text=True, check=True).stdout.strip()
     with pytest.raises(SystemExit, match=r"the C header stdint.h was not found: run `apt install libc6-dev`"):
-        build_ffi.abi_check(["gcc", "-nostdinc", f"-isystem{own}"])
+        build_ffi.abi_check(["gcc", "-nostdinc", f"-isystem{own}", f"-isystem{tmp_path}"])
 
 
 def test_the_abi_unit_includes_only_the_systems_headers() -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .mapping import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Mapping, ViewError
+from .mapping import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Mapping, ViewError, Writable
 from .memfd import (
     F_SEAL_EXEC,
     F_SEAL_FUTURE_WRITE,
@@ -29,5 +29,6 @@ __all__ = [
     "PROT_READ",
     "PROT_WRITE",
     "ViewError",
+    "Writable",
     "seal_names",
 ]

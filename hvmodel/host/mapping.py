@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .._native import buffer
 
-__all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Mapping", "ViewError"]
+__all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Mapping", "ViewError", "Writable"]
 
 PROT_NONE: int = lib.HV_PROT_NONE
 PROT_READ: int = lib.HV_PROT_READ

@@ -174,7 +174,7 @@ class ExitRecord(Value):
     policy: str
 
 
-def iter_records(records: bytes) -> Iterator[ExitRecord]:
+def iter_records(records: bytes | bytearray | memoryview) -> Iterator[ExitRecord]:
     """The exits in a buffer from `Batch.take_records()`, without numpy."""
     for row in _RECORD.iter_unpack(records):
         yield ExitRecord(*row[:7], bool(row[7]), _POLICY_NAMES[row[8]])
