@@ -739,9 +739,39 @@ def markdown() -> str:
     return "\n".join(out) + "\n"
 
 
+def capabilities() -> str:
+    """Text of hvmodel/kvm/capabilities.py: the capability numbers of our header as an enum."""
+    prefix = "KVM_CAP_"
+    numbers = {name.removeprefix(prefix): value for name, value in constants().items() if name.startswith(prefix)}
+    out = [
+        f"# {MARK}",
+        '"""KVM\'s capabilities, for `check_extension` and `enable_cap`."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from enum import IntEnum",
+        "",
+        '__all__ = ["Cap"]',
+        "",
+        "",
+        "class Cap(IntEnum):",
+        '    """Capability numbers (KVM_CAP_*) of all architectures: they share one number space.',
+        "",
+        "    A number is no promise: ask KVM_CHECK_EXTENSION.  Source: linux:include/uapi/linux/kvm.h.",
+        '    """',
+        "",
+    ]
+    out += [f"    {name} = {number}" for name, number in sorted(numbers.items(), key=lambda item: item[1])]
+    return "\n".join(out) + "\n"
+
+
 def generated_files() -> dict[Path, str]:
     """The generated files that are committed, and what they ought to hold."""
-    return {ROOT / "hvmodel" / "_native.pyi": Stub().text(), ROOT / "docs" / "ioctls.md": markdown()}
+    return {
+        ROOT / "hvmodel" / "_native.pyi": Stub().text(),
+        ROOT / "hvmodel" / "kvm" / "capabilities.py": capabilities(),
+        ROOT / "docs" / "ioctls.md": markdown(),
+    }
 
 
 # --------------------------------------------------------------------------------------------------- setuptools

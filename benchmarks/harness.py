@@ -28,9 +28,11 @@ __all__ = [
     "Result",
     "against_floor",
     "ceiling",
+    "checked",
     "host",
     "interleave",
     "load_floor",
+    "median_us",
     "per_item_us",
     "report",
 ]
@@ -84,7 +86,7 @@ def ceiling(name: str, value: float, unit: str, bar: float | None) -> Result:
 def interleave(pace: Pace, variants: dict[str, Callable[[], float]]) -> dict[str, float]:
     """Warm every variant up, then run A B C A B C ...; the least of each one's turns.
 
-    A turn is short (some milliseconds), so that on a host with other work each variant has turns that nothing interrupts.
+    A turn is short (some milliseconds), so that on a busy host each variant has turns that nothing interrupts.
     """
     for variant in variants.values():
         variant()
@@ -150,6 +152,8 @@ def checked(rc: int, what: str) -> int:
 
 def host() -> dict[str, object]:
     """The machine the figures are true for."""
+    from hvmodel.kvm import vendor_module
+
     cpu = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -162,14 +166,6 @@ def host() -> dict[str, object]:
         "vendor_module": vendor_module(),
         "python": platform.python_version(),
     }
-
-
-def vendor_module() -> str | None:
-    """The module that does the work behind /dev/kvm: kvm_intel, kvm_amd, kvm_pvm, or None where none is to be seen."""
-    for name in ("kvm_intel", "kvm_amd", "kvm_pvm"):
-        if Path("/sys/module", name).exists():
-            return name
-    return None
 
 
 def report(name: str, results: list[Result], *, as_json: bool) -> None:

@@ -35,7 +35,7 @@ def run(pace: Pace) -> list[Result]:
     lib = harness.load_floor("kick")
     lib.floor_kicks.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p]
     lib.floor_runner_new.restype = ctypes.c_void_p
-    lib.floor_runner_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    lib.floor_runner_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     lib.floor_runner_wait.restype = ctypes.c_int64
     lib.floor_runner_wait.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
     for function in (lib.floor_runner_go, lib.floor_runner_free):
@@ -73,7 +73,7 @@ def _to_return(lib: ctypes.CDLL, subject: Any, kicks: int) -> float:
 
     hv_run = int(ffi.cast("uintptr_t", ffi.addressof(native, "hv_run")))
     vcpu = int(ffi.cast("uintptr_t", subject.vcpu._c))
-    runner = lib.floor_runner_new(hv_run, vcpu)
+    runner = lib.floor_runner_new(hv_run, vcpu, native.HV_RETRY)
     if not runner:
         raise BenchmarkError("the thread of C that runs the vCPU cannot be made")
     latencies, rc = [], ctypes.c_int64()

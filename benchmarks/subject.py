@@ -36,6 +36,8 @@ class Subject:
             kvm = stack.enter_context(Kvm())
             block = stack.enter_context(RamBlock("pc.ram", harness.RAM_SIZE))
             vm = stack.enter_context(kvm.create_vm())
+            vm.set_identity_map_addr(0xFFFB_C000)
+            vm.set_tss_addr(0xFFFB_D000)
             vm.set_user_memory_region(0, 0, block.mapping)
             stack.callback(vm.delete_memory_region, 0)
             block.write(ENTRY, image)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     IOCTLS: dict[str, Ioctl]
 
-__all__ = ["IOCTLS", "Ioctl", "ffi", "guests", "lib"]
+__all__ = ["IOCTLS", "Ioctl", "ffi", "guests", "install_run", "lib"]
 
 _SCOPES = ((1, "system"), (2, "vm"), (4, "vcpu"), (8, "device"))
 
@@ -62,6 +62,18 @@ def guests() -> dict[str, bytes]:
         ffi.string(guest.name).decode(): bytes(ffi.buffer(guest.data, guest.size))
         for guest in lib.hv_guests[0 : lib.hv_nr_guests]
     }
+
+
+def install_run(cls: type, docs: dict[str, str]) -> None:
+    """Give class Vcpu its methods run() and run_until() from native/pyrun.c, with their docstrings."""
+    # The same library holds a second module; the import system finds modules by file name, so it is told.
+    from importlib.machinery import ExtensionFileLoader, ModuleSpec
+
+    name = f"{__package__}._run"
+    loader = ExtensionFileLoader(name, _native_path)
+    module = loader.create_module(ModuleSpec(name, loader, origin=_native_path))
+    loader.exec_module(module)
+    module.install(cls, docs)
 
 
 def _read_ioctls() -> dict[str, Ioctl]:
@@ -144,3 +156,4 @@ try:
 except ImportError as error:
     raise _explain(error, _root) from None
 _check(lib, _root)
+_native_path: str = sys.modules[f"{__package__}._native"].__file__ or ""

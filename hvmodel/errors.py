@@ -189,9 +189,7 @@ class PartialError(KvmError):
     """The kernel did the first `done` of `requested` elements and refused `first_failed` (MSRs, attributes)."""
 
     def __init__(self, errno: int, call: str, done: int, requested: int, first_failed: object, what: str) -> None:
-        super().__init__(
-            errno, call, what, first_failed, None, f"only the first {done} of {requested} were processed"
-        )
+        super().__init__(errno, call, what, first_failed, None, f"only the first {done} of {requested} were processed")
         self.done, self.requested, self.first_failed, self.what = done, requested, first_failed, what
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -2,10 +2,10 @@
 /*
  * The run loop: KVM_RUN without races and without a system call per exit.
  *
- * Interruption.  The page of struct kvm_run has one byte, immediate_exit, that makes KVM_RUN return EINTR at
- * once.  Only the running thread writes it, in its own signal handlers, which find the vCPU through `runner`
- * (thread-local).  So a signal that lands between the last check and KVM_RUN is not lost, and nobody touches a
- * kvm_run page that another thread may be unmapping:
+ * Interruption.  The page of struct kvm_run has one byte, immediate_exit, that makes KVM_RUN return
+ * EINTR at once.  Only the running thread writes it, in its own signal handlers, which find the
+ * vCPU through `runner` (thread-local).  So a signal that lands between the last check and KVM_RUN
+ * is not lost, and nobody touches a kvm_run page that another thread may be unmapping:
  *
  *   runner                                kicker
  *   state = RUNNING, tid, runner.current  kick = 1
@@ -13,15 +13,20 @@
  *   kick set?  answer HV_KICKED           state RUNNING?  tgkill(tid, kick signal)
  *   KVM_RUN
  *
- * Either the runner sees the kick or the kicker sees the runner; a signal to a thread that has left finds no
- * current vCPU and does nothing, and the kick stays pending for the next run.
+ * Either the runner sees the kick or the kicker sees the runner; a signal to a thread that has left
+ * finds no current vCPU and does nothing, and the kick stays pending for the next run.
  *
- * Signals of the process (Ctrl-C) work in the same way: a handler of ours stands before the one that was
- * installed, runs it first, counts, and then interrupts every running vCPU.  A runner that finds the count
- * ahead of what it has seen does not enter.
+ * Signals of the process (Ctrl-C) work in the same way: a handler of ours stands before the one
+ * that was installed, runs it first, counts, and then interrupts every running vCPU.  A runner that
+ * finds the count ahead of what it has seen does not enter.
  *
- * Deadlines: one timer per thread, armed only when none is armed or the deadline is earlier than what is
- * armed; its handler re-arms for a later deadline.  The common run costs one read of the clock.
+ * A handler that Python installs later (signal.signal) drops ours.  So a running vCPU has a
+ * heartbeat: ten times a second it is interrupted, puts our handler back, and lets Python look at
+ * its signals.
+ *
+ * Deadlines: the same timer, one per thread, armed only when it is not armed or the deadline is
+ * earlier than what it is armed for; its handler re-arms.  A run without a deadline makes no system
+ * call but KVM_RUN and reads no clock.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -38,12 +43,13 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-#include <x86intrin.h>
 
 #include "kvm_uapi.h"
 #include "run.h"
 
 #define KVM_RUN_REQUEST _IO(0xAE, 0x80)
+
+#define HEARTBEAT_NS 100000000
 
 enum { HV_STATE_CLOSED = 0, HV_STATE_IDLE = 1, HV_STATE_RUNNING = 2 };
 
@@ -55,9 +61,9 @@ struct hv_runner {
 	struct hv_vcpu *current; /* what this thread runs now */
 	pid_t tid;		 /* 0: this thread has never run a vCPU */
 	int64_t armed;		 /* when the timer fires; 0: not armed */
-	uint64_t left;		 /* TSC when it last left hv_run() */
 	timer_t timer;
 	bool has_timer;
+	bool beat;     /* the timer fired before a deadline */
 	bool chaining; /* inside on_chained() */
 };
 
@@ -67,7 +73,6 @@ static __thread struct hv_runner runner __attribute__((tls_model("initial-exec")
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_key_t timer_key;
 static int kick_signal;
-static uint64_t gap_cycles; /* time away from hv_run() in which Python can change a signal handler: 1 us */
 static uint32_t generation; /* bumped in the child of a fork */
 static uint32_t exiting;
 static pid_t process;
@@ -80,9 +85,10 @@ int64_t hv_monotonic_ns(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* ---- the pool: a struct hv_vcpu is never given back, so that signal handlers and late kickers may read it ---- */
+/* ---- the pool: a struct hv_vcpu is never given back, so that signal handlers and late kickers may
+ * read it ---- */
 
-#define POOL_CHUNK 64
+#define POOL_CHUNK	64
 #define POOL_QUARANTINE 512 /* closed ones that wait before the oldest is used again */
 
 struct pool_chunk {
@@ -138,7 +144,8 @@ static void signal_runner(struct hv_vcpu *v)
 {
 	pid_t tid = __atomic_load_n(&v->tid, __ATOMIC_RELAXED);
 
-	/* The thread may have ended, or its number be another thread's now: the handler there does nothing. */
+	/* The thread may have ended, or its number be another thread's now: the handler there does
+	 * nothing. */
 	if (tid)
 		syscall(SYS_tgkill, process, tid, kick_signal);
 }
@@ -146,11 +153,18 @@ static void signal_runner(struct hv_vcpu *v)
 static void arm_timer(int64_t deadline)
 {
 	struct itimerspec at = {
-		.it_value = { .tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000 },
+		.it_value = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000},
 	};
 
 	if (!timer_settime(runner.timer, TIMER_ABSTIME, &at, NULL))
 		runner.armed = deadline;
+}
+
+static int64_t next_beat(int64_t now, int64_t deadline)
+{
+	int64_t beat = now + HEARTBEAT_NS;
+
+	return deadline && deadline < beat ? deadline : beat;
 }
 
 static void on_kick(int signal, siginfo_t *info, void *context)
@@ -162,23 +176,23 @@ static void on_kick(int signal, siginfo_t *info, void *context)
 	(void)context;
 	if (info->si_code == SI_TIMER)
 		runner.armed = 0;
-	if (v) {
-		if (info->si_code != SI_TIMER) {
-			v->run->immediate_exit = 1;
-		} else if (v->deadline) {
-			if (hv_monotonic_ns() >= v->deadline) {
-				v->timed_out = 1;
-				v->run->immediate_exit = 1;
-			} else {
-				arm_timer(v->deadline);
-			}
-		}
+	if (v && info->si_code == SI_TIMER) {
+		int64_t now = hv_monotonic_ns();
+
+		if (v->deadline && now >= v->deadline)
+			v->timed_out = 1;
+		else
+			arm_timer(next_beat(now, v->deadline));
+		runner.beat = true;
 	}
+	if (v)
+		v->run->immediate_exit = 1;
 	errno = saved;
 }
 
-/* The signals by which people and programs stop a process.  Those without a handler are left alone. */
-static const int chained[] = { SIGINT, SIGTERM, SIGHUP, SIGALRM, SIGUSR1, SIGUSR2 };
+/* The signals by which people and programs stop a process.  Those without a handler are left alone.
+ */
+static const int chained[] = {SIGINT, SIGTERM, SIGHUP, SIGALRM, SIGUSR1, SIGUSR2};
 #define NR_CHAINED (sizeof(chained) / sizeof(chained[0]))
 static struct sigaction behind[NR_CHAINED];
 static uint32_t nr_signals;
@@ -208,7 +222,8 @@ static void on_chained(int signal, siginfo_t *info, void *context)
 		for (int i = 0; i < POOL_CHUNK; i++) {
 			struct hv_vcpu *v = &c->vcpus[i];
 
-			if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING && v->tid != tid)
+			if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING &&
+			    v->tid != tid)
 				signal_runner(v);
 		}
 	runner.chaining = false;
@@ -221,7 +236,8 @@ static int chain_signal(size_t i)
 
 	if (sigaction(chained[i], NULL, &now))
 		return -errno;
-	if (now.sa_handler == SIG_DFL || now.sa_handler == SIG_IGN || now.sa_sigaction == on_chained)
+	if (now.sa_handler == SIG_DFL || now.sa_handler == SIG_IGN ||
+	    now.sa_sigaction == on_chained)
 		return 0;
 	ours = now;
 	ours.sa_flags |= SA_SIGINFO;
@@ -268,13 +284,12 @@ static void after_fork_in_child(void)
 /* Called with the lock held, once. */
 static int start(void)
 {
-	struct sigaction kick = { .sa_sigaction = on_kick, .sa_flags = SA_SIGINFO | SA_RESTART };
+	struct sigaction kick = {.sa_sigaction = on_kick, .sa_flags = SA_SIGINFO | SA_RESTART};
 	struct sigaction now;
-	int64_t t0, t1;
-	uint64_t c0;
 	int signal;
 
-	/* A real-time signal that nobody uses: of two pending kicks neither is dropped, and no one else sends it. */
+	/* A real-time signal that nobody uses: of two pending kicks neither is dropped, and no one
+	 * else sends it. */
 	for (signal = SIGRTMAX - 1; signal > SIGRTMIN; signal--)
 		if (!sigaction(signal, NULL, &now) && now.sa_handler == SIG_DFL)
 			break;
@@ -286,12 +301,6 @@ static int start(void)
 		return -EAGAIN;
 	if (pthread_atfork(NULL, NULL, after_fork_in_child))
 		return -ENOMEM;
-	t0 = hv_monotonic_ns();
-	c0 = __rdtsc();
-	do
-		t1 = hv_monotonic_ns();
-	while (t1 - t0 < 20000);
-	gap_cycles = (__rdtsc() - c0) * 1000 / (uint64_t)(t1 - t0);
 	process = getpid();
 	__atomic_store_n(&kick_signal, signal, __ATOMIC_RELEASE);
 	return 0;
@@ -308,7 +317,8 @@ void hv_exiting(void)
 	__atomic_store_n(&exiting, 1, __ATOMIC_SEQ_CST);
 	for (struct pool_chunk *c = __atomic_load_n(&pool, __ATOMIC_ACQUIRE); c; c = c->next)
 		for (int i = 0; i < POOL_CHUNK; i++)
-			if (__atomic_load_n(&c->vcpus[i].state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING)
+			if (__atomic_load_n(&c->vcpus[i].state, __ATOMIC_SEQ_CST) ==
+			    HV_STATE_RUNNING)
 				hv_kick(&c->vcpus[i], 0);
 }
 
@@ -327,13 +337,14 @@ static int start_thread(void)
 
 static int start_timer(void)
 {
-	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = kick_signal };
+	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = kick_signal};
 
 	event.sigev_notify_thread_id = runner.tid;
 	if (timer_create(CLOCK_MONOTONIC, &event, &runner.timer))
 		return -errno;
 	runner.has_timer = true;
-	/* The value only has to be non-NULL for the destructor to be called when the thread ends. */
+	/* The value only has to be non-NULL for the destructor to be called when the thread ends.
+	 */
 	pthread_setspecific(timer_key, &runner);
 	return 0;
 }
@@ -373,15 +384,16 @@ int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
 	return hv_chain_signals();
 }
 
-/* Stop the runner if there is one, and unmap the kvm_run page.  0, or -EBUSY if it did not leave in time. */
+/* Stop the runner if there is one, and unmap the kvm_run page.  0, or -EBUSY if it did not leave in
+ * time. */
 int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
 {
-	struct timespec nap = { .tv_nsec = 20000 };
+	struct timespec nap = {.tv_nsec = 20000};
 	int64_t until = hv_monotonic_ns() + timeout_ns;
 	uint32_t idle = HV_STATE_IDLE;
 
-	while (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_CLOSED, false, __ATOMIC_SEQ_CST,
-					    __ATOMIC_SEQ_CST)) {
+	while (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_CLOSED, false,
+					    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
 		if (idle == HV_STATE_CLOSED)
 			return 0;
 		if (hv_monotonic_ns() > until)
@@ -405,15 +417,15 @@ int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
 #define KICK_SPIN_NS 200000
 
 /*
- * Make the running or next hv_run() answer HV_KICKED, once.  A kick of a running vCPU waits up to wait_ns until
- * the runner's Python code has taken note (by storing kicks in acks, with the GIL held): the caller has given up
- * the GIL, and would win it back before the runner gets to it.  1: the runner knows; 0: pending, or the vCPU was
- * not running.
+ * Make the running or next hv_run() answer HV_KICKED, once.  A kick of a running vCPU waits up to
+ * wait_ns until the runner's Python code has taken note (by storing kicks in acks, with the GIL
+ * held): the caller has given up the GIL, and would win it back before the runner gets to it.  1:
+ * the runner knows; 0: pending, or the vCPU was not running.
  */
 int hv_kick(struct hv_vcpu *v, int64_t wait_ns)
 {
 	uint32_t acks = __atomic_load_n(&v->acks, __ATOMIC_SEQ_CST);
-	struct timespec nap = { .tv_nsec = 50000 };
+	struct timespec nap = {.tv_nsec = 50000};
 	int64_t begin, now;
 
 	__atomic_store_n(&v->kick, 1, __ATOMIC_SEQ_CST);
@@ -497,7 +509,8 @@ struct access {
 	bool is_write;
 };
 
-static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t address, uint32_t size)
+static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t address,
+				 uint32_t size)
 {
 	uint32_t low = 0, high = nr;
 
@@ -523,7 +536,8 @@ static void fill(struct access *a, uint64_t value)
 
 #define MAX_EXIT_BYTES 4096 /* the PIO page: what one exit can carry */
 
-/* What is done with the access: an HV_* policy, HV_STOP for Python; *full when a ring cannot take another. */
+/* What is done with the access: an HV_* policy, HV_STOP for Python; *full when a ring cannot take
+ * another. */
 static uint32_t serve_access(struct access *a, struct hv_rule *rule, uint32_t unclaimed, bool *full)
 {
 	uint32_t policy = !rule ? unclaimed : a->is_write ? rule->write : rule->read;
@@ -537,7 +551,8 @@ static uint32_t serve_access(struct access *a, struct hv_rule *rule, uint32_t un
 	if (policy == HV_FEED) {
 		struct hv_ring *ring = rule->feed;
 
-		if (ring && __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) - ring->tail >= a->bytes) {
+		if (ring &&
+		    __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE) - ring->tail >= a->bytes) {
 			hv_ring_read(ring, a->data, a->bytes);
 			return HV_FEED;
 		}
@@ -574,7 +589,8 @@ static bool get_access(struct hv_vcpu *v, struct access *a)
 		a->bytes = (uint64_t)a->size * a->count;
 		a->is_write = run->io.direction == KVM_EXIT_IO_OUT;
 		a->data = (uint8_t *)run + run->io.data_offset;
-		return run->io.data_offset <= v->run_size && a->bytes <= v->run_size - run->io.data_offset;
+		return run->io.data_offset <= v->run_size &&
+		       a->bytes <= v->run_size - run->io.data_offset;
 	}
 	if (run->exit_reason == KVM_EXIT_MMIO) {
 		a->address = run->mmio.phys_addr;
@@ -601,7 +617,7 @@ static void record(struct hv_vcpu *v, struct hv_batch *b, const struct access *a
 	struct kvm_run *run = v->run;
 	struct hv_record *r = &b->records[b->nr_records++];
 
-	*r = (struct hv_record){ .reason = run->exit_reason, .count = 1, .policy = (uint8_t)policy };
+	*r = (struct hv_record){.reason = run->exit_reason, .count = 1, .policy = (uint8_t)policy};
 	if (b->timestamps)
 		r->time_ns = (uint64_t)hv_monotonic_ns();
 	if (run->kvm_valid_regs & KVM_SYNC_X86_REGS)
@@ -613,7 +629,8 @@ static void record(struct hv_vcpu *v, struct hv_batch *b, const struct access *a
 		r->is_write = a->is_write;
 		if (a->is_write || policy != HV_STOP)
 			r->data = first_bytes(a);
-	} else if (run->exit_reason == KVM_EXIT_X86_RDMSR || run->exit_reason == KVM_EXIT_X86_WRMSR) {
+	} else if (run->exit_reason == KVM_EXIT_X86_RDMSR ||
+		   run->exit_reason == KVM_EXIT_X86_WRMSR) {
 		r->address = run->msr.index;
 		r->size = 8;
 		r->is_write = run->exit_reason == KVM_EXIT_X86_WRMSR;
@@ -636,13 +653,14 @@ static int64_t serve(struct hv_vcpu *v, struct hv_batch *b, uint64_t *served)
 	b->counts[reason < HV_NR_REASONS ? reason : HV_NR_REASONS - 1]++;
 	if (has_access) {
 		if (reason == KVM_EXIT_IO)
-			policy = serve_access(&access,
-					      find_rule(b->pio, b->nr_pio, access.address, access.size),
-					      b->unclaimed_pio, &full);
+			policy = serve_access(
+				&access, find_rule(b->pio, b->nr_pio, access.address, access.size),
+				b->unclaimed_pio, &full);
 		else
-			policy = serve_access(&access,
-					      find_rule(b->mmio, b->nr_mmio, access.address, access.size),
-					      b->unclaimed_mmio, &full);
+			policy = serve_access(
+				&access,
+				find_rule(b->mmio, b->nr_mmio, access.address, access.size),
+				b->unclaimed_mmio, &full);
 	}
 	if (b->records)
 		record(v, b, has_access ? &access : NULL, policy);
@@ -678,7 +696,8 @@ static int64_t pack_exit(struct hv_vcpu *v)
 			return word | HV_WORD_COMPLEX;
 		if (run->io.direction == KVM_EXIT_IO_OUT)
 			memcpy(&data, (uint8_t *)run + run->io.data_offset, run->io.size);
-		return word | (int64_t)run->io.port << HV_WORD_PORT_SHIFT | (int64_t)data << HV_WORD_DATA_SHIFT;
+		return word | (int64_t)run->io.port << HV_WORD_PORT_SHIFT |
+		       (int64_t)data << HV_WORD_DATA_SHIFT;
 	}
 	case KVM_EXIT_MMIO:
 		v->incomplete = 1;
@@ -722,7 +741,8 @@ static int64_t interruption(struct hv_vcpu *v)
 	return 0;
 }
 
-/* The exit at hand to the batch, if there is one.  An exit word for Python; an HV_* code; 0: enter again. */
+/* The exit at hand to the batch, if there is one.  An exit word for Python; an HV_* code; 0: enter
+ * again. */
 static int64_t take_exit(struct hv_vcpu *v, uint64_t *served)
 {
 	int64_t code = 1;
@@ -755,7 +775,11 @@ static int64_t enter(struct hv_vcpu *v)
 			if (word == -EAGAIN)
 				return word;
 			word = interruption(v);
-			/* Else our timer, set for an earlier deadline, or a signal that is not chained. */
+			if (runner.beat) {
+				runner.beat = false;
+				hv_chain_signals();
+			}
+			/* Else the heartbeat, or a signal that is not chained. */
 			return word ? word : HV_RETRY;
 		}
 		v->incomplete = 0;
@@ -770,8 +794,8 @@ static int64_t acquire(struct hv_vcpu *v)
 {
 	uint32_t idle = HV_STATE_IDLE;
 
-	if (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_RUNNING, false, __ATOMIC_SEQ_CST,
-					 __ATOMIC_SEQ_CST))
+	if (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_RUNNING, false,
+					 __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 		return idle == HV_STATE_CLOSED ? HV_CLOSED : HV_BUSY;
 	return 0;
 }
@@ -796,13 +820,7 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 		if (word)
 			return word;
 	}
-	/* Python may have installed a handler of its own since; it cannot within a microsecond. */
-	if (__rdtsc() - runner.left > gap_cycles) {
-		pthread_mutex_lock(&lock);
-		chain_signal(0);
-		pthread_mutex_unlock(&lock);
-	}
-	if (deadline && !runner.has_timer) {
+	if (!runner.has_timer) {
 		word = start_timer();
 		if (word)
 			return word;
@@ -813,7 +831,9 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 	runner.current = v;
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	/* Only now: a timer that fires earlier finds no vCPU to interrupt. */
-	if (deadline && (!runner.armed || runner.armed > deadline))
+	if (!runner.armed)
+		arm_timer(next_beat(hv_monotonic_ns(), deadline));
+	else if (deadline && runner.armed > deadline)
 		arm_timer(deadline);
 	word = interruption(v);
 	if (!word)
@@ -825,8 +845,8 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 }
 
 /*
- * Run vCPU `v` until an exit that Python must see, or an interruption, or CLOCK_MONOTONIC reaches deadline_ns
- * (0: none).  An exit word, -errno of KVM_RUN, or an HV_* code.
+ * Run vCPU `v` until an exit that Python must see, or an interruption, or CLOCK_MONOTONIC reaches
+ * deadline_ns (0: none).  An exit word, -errno of KVM_RUN, or an HV_* code.
  */
 int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 {
@@ -836,7 +856,6 @@ int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 		return word;
 	word = run_acquired(v, deadline_ns);
 	release(v);
-	runner.left = __rdtsc();
 	return word;
 }
 
@@ -847,8 +866,9 @@ int64_t hv_run(struct hv_vcpu *v, int64_t timeout_ns)
 }
 
 /*
- * Finish the instruction of the last exit without running on: KVM_RUN with immediate_exit.  0, or -errno, or an
- * HV_* code.  A further exit of the same instruction is held and answered by the next hv_run().
+ * Finish the instruction of the last exit without running on: KVM_RUN with immediate_exit.  0, or
+ * -errno, or an HV_* code.  A further exit of the same instruction is held and answered by the next
+ * hv_run().
  */
 int64_t hv_complete(struct hv_vcpu *v)
 {
@@ -901,8 +921,8 @@ static uint8_t *answer_slot(struct hv_vcpu *v, uint64_t *size, uint32_t *element
 }
 
 /*
- * Answer every element of the pending read with `value`, little-endian.  0; HV_CLOSED, HV_BUSY; -EINVAL: no read is
- * pending; -ERANGE: the value needs more than the access's size.
+ * Answer every element of the pending read with `value`, little-endian.  0; HV_CLOSED, HV_BUSY;
+ * -EINVAL: no read is pending; -ERANGE: the value needs more than the access's size.
  */
 int hv_answer(struct hv_vcpu *v, uint64_t value)
 {
@@ -927,7 +947,8 @@ int hv_answer(struct hv_vcpu *v, uint64_t value)
 	return (int)rc;
 }
 
-/* Answer with `size` bytes.  0; HV_CLOSED, HV_BUSY; -EINVAL: no read is pending; -EMSGSIZE: not its size. */
+/* Answer with `size` bytes.  0; HV_CLOSED, HV_BUSY; -EINVAL: no read is pending; -EMSGSIZE: not its
+ * size. */
 int hv_answer_bytes(struct hv_vcpu *v, const uint8_t *data, uint64_t size)
 {
 	uint32_t element = 0;
@@ -950,7 +971,8 @@ int hv_answer_bytes(struct hv_vcpu *v, const uint8_t *data, uint64_t size)
 	return (int)rc;
 }
 
-/* Let the guest's RDMSR or WRMSR of the exit at hand raise #GP.  0; HV_CLOSED, HV_BUSY; -EINVAL: no such exit. */
+/* Let the guest's RDMSR or WRMSR of the exit at hand raise #GP.  0; HV_CLOSED, HV_BUSY; -EINVAL: no
+ * such exit. */
 int hv_fail_msr(struct hv_vcpu *v)
 {
 	int64_t rc = acquire(v);
@@ -958,7 +980,8 @@ int hv_fail_msr(struct hv_vcpu *v)
 	if (rc)
 		return (int)rc;
 	if (v->incomplete && !v->held &&
-	    (v->run->exit_reason == KVM_EXIT_X86_RDMSR || v->run->exit_reason == KVM_EXIT_X86_WRMSR)) {
+	    (v->run->exit_reason == KVM_EXIT_X86_RDMSR ||
+	     v->run->exit_reason == KVM_EXIT_X86_WRMSR)) {
 		v->run->msr.error = 1;
 		v->unanswered = 0;
 	} else {
@@ -983,8 +1006,8 @@ int hv_set_batch(struct hv_vcpu *v, struct hv_batch *batch)
 }
 
 /*
- * Give `batch` new rules; `next` carries only rules, defaults, limit and records.  `v` is the vCPU it serves, or
- * NULL.  0, HV_BUSY or HV_CLOSED.
+ * Give `batch` new rules; `next` carries only rules, defaults, limit and records.  `v` is the vCPU
+ * it serves, or NULL.  0, HV_BUSY or HV_CLOSED.
  */
 int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_batch *next)
 {
@@ -1011,7 +1034,8 @@ int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_b
 }
 
 /* Move the first records out, up to `room` of them; the rest moves up.  How many, or HV_BUSY. */
-int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to, uint64_t room)
+int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to,
+			uint64_t room)
 {
 	int64_t rc = v ? acquire(v) : 0;
 	uint64_t n;

@@ -1,6 +1,7 @@
 /*
- * What Python sees of the run loop (run.c): one struct hv_vcpu per vCPU, entered with hv_run(), interrupted
- * with hv_kick(), and with an hv_batch attached, exits served in C until one needs Python.
+ * What Python sees of the run loop (run.c): one struct hv_vcpu per vCPU, entered with hv_run(),
+ * interrupted with hv_kick(), and with an hv_batch attached, exits served in C until one needs
+ * Python.
  *
  * hv_run() answers with one 64-bit word.  A word >= 0 is an exit:
  *
@@ -9,38 +10,40 @@
  *  |0 |0 | PIO data, 32 bits | port       |complex| size  |write| reason |
  *  +--+--+-------------------+------------+-------+-------+-----+--------+
  *
- * With `complex` clear the word says all there is (a port access of one element, HLT, shutdown, ...), so that
- * equal words are equal exits.  With it set, the rest is in the kvm_run page.  A word in (-4096, 0) is the
- * -errno of KVM_RUN; one at or below HV_CODE_BASE is one of the codes below.
+ * With `complex` clear the word says all there is (a port access of one element, HLT, shutdown,
+ * ...), so that equal words are equal exits.  With it set, the rest is in the kvm_run page.  A word
+ * in (-4096, 0) is the -errno of KVM_RUN; one at or below HV_CODE_BASE is one of the codes below.
  */
 #define HV_WORD_WRITE_SHIFT 8
-#define HV_WORD_SIZE_SHIFT 9
-#define HV_WORD_COMPLEX 0x2000
-#define HV_WORD_PORT_SHIFT 14
-#define HV_WORD_DATA_SHIFT 30
+#define HV_WORD_SIZE_SHIFT  9
+#define HV_WORD_COMPLEX	    0x2000
+#define HV_WORD_PORT_SHIFT  14
+#define HV_WORD_DATA_SHIFT  30
 
-#define HV_CODE_BASE -5000
-#define HV_BUSY -5001         /* another thread runs this vCPU */
-#define HV_CLOSED -5002       /* closed, or never opened */
-#define HV_FORKED -5003       /* made by the parent of this process */
-#define HV_UNANSWERED -5004   /* a read exit waits for its data */
-#define HV_KICKED -5005       /* hv_kick() */
-#define HV_SIGNALED -5006     /* a signal that the process handles came in */
-#define HV_TIMEOUT -5007      /* the deadline has passed */
-#define HV_RETRY -5008        /* nothing of ours: let Python look at its signals and enter again */
-#define HV_RING_FULL -5009    /* a capture ring has no room for another exit: drain it, enter again */
+#define HV_CODE_BASE  -5000
+#define HV_BUSY	      -5001 /* another thread runs this vCPU */
+#define HV_CLOSED     -5002 /* closed, or never opened */
+#define HV_FORKED     -5003 /* made by the parent of this process */
+#define HV_UNANSWERED -5004 /* a read exit waits for its data */
+#define HV_KICKED     -5005 /* hv_kick() */
+#define HV_SIGNALED   -5006 /* a signal that the process handles came in */
+#define HV_TIMEOUT    -5007 /* the deadline has passed */
+#define HV_RETRY      -5008 /* nothing of ours: let Python look at its signals and enter again */
+#define HV_RING_FULL  -5009 /* a capture ring has no room for another exit: drain it, enter again \
+			     */
 #define HV_RECORDS_FULL -5010 /* the record buffer is full */
-#define HV_LIMIT -5011        /* max_exits were served */
-#define HV_EXITING -5012      /* the interpreter is exiting: no vCPU is entered any more */
+#define HV_LIMIT	-5011 /* max_exits were served */
+#define HV_EXITING	-5012 /* the interpreter is exiting: no vCPU is entered any more */
 
 /* What is done with an access, by rule or, where no rule covers it, by default. */
-#define HV_STOP 0     /* give the exit to Python */
-#define HV_IGNORE 1   /* drop a write, answer a read with all ones (open bus) */
+#define HV_STOP	    0 /* give the exit to Python */
+#define HV_IGNORE   1 /* drop a write, answer a read with all ones (open bus) */
 #define HV_CONSTANT 2 /* answer a read with rule.value; drop a write */
-#define HV_CAPTURE 3  /* append a write's bytes to rule.ring */
-#define HV_FEED 4     /* answer a read from rule.ring; where that is empty, do rule.on_empty */
+#define HV_CAPTURE  3 /* append a write's bytes to rule.ring */
+#define HV_FEED	    4 /* answer a read from rule.ring; where that is empty, do rule.on_empty */
 
-/* One producer, one consumer; head and tail run on, capacity is a power of two and at least 8192. */
+/* One producer, one consumer; head and tail run on, capacity is a power of two and at least 8192.
+ */
 struct hv_ring {
 	uint8_t *data;
 	uint64_t capacity;
@@ -66,12 +69,13 @@ struct hv_rule {
 /* One exit as it was recorded: 48 bytes. */
 struct hv_record {
 	uint64_t time_ns; /* CLOCK_MONOTONIC when KVM_RUN returned; 0 without hv_batch.timestamps */
-	uint64_t rip;     /* 0 where the registers are not synced (KVM_CAP_SYNC_REGS) */
+	uint64_t rip;	  /* 0 where the registers are not synced (KVM_CAP_SYNC_REGS) */
 	uint64_t address; /* port, gpa or MSR index; 0 for other exits */
-	uint64_t data;    /* first 8 bytes written or answered, little-endian; of an exit left to Python: written only */
+	uint64_t data;	  /* first 8 bytes written or answered, little-endian; of an exit left to
+			     Python: written only */
 	uint32_t reason;  /* KVM_EXIT_* */
-	uint32_t count;   /* elements of a port access, else 1 */
-	uint8_t size;     /* bytes of an element */
+	uint32_t count;	  /* elements of a port access, else 1 */
+	uint8_t size;	  /* bytes of an element */
 	uint8_t is_write;
 	uint8_t policy; /* HV_*: what was done with it; HV_STOP: given to Python */
 	uint8_t pad[5];
@@ -99,18 +103,18 @@ struct hv_batch {
 
 struct hv_vcpu {
 	int32_t fd;
-	uint32_t state;   /* idle, running or closed */
-	int32_t tid;      /* of the running thread */
-	uint32_t kick;    /* a kick waits to be delivered */
-	uint32_t kicks;   /* kicks delivered: HV_KICKED answers */
-	uint32_t acks;    /* of those, how many Python has seen */
+	uint32_t state;	  /* idle, running or closed */
+	int32_t tid;	  /* of the running thread */
+	uint32_t kick;	  /* a kick waits to be delivered */
+	uint32_t kicks;	  /* kicks delivered: HV_KICKED answers */
+	uint32_t acks;	  /* of those, how many Python has seen */
 	uint32_t signals; /* signal count up to which this vCPU was interrupted */
 	uint32_t generation;
 	uint32_t timed_out;
 	uint32_t unanswered; /* a read exit waits for its data */
 	uint32_t incomplete; /* KVM finishes the last exit's instruction at the next entry */
-	uint32_t held;       /* a further exit of the same instruction is in the kvm_run page */
-	int64_t deadline; /* CLOCK_MONOTONIC in ns; 0: none */
+	uint32_t held;	     /* a further exit of the same instruction is in the kvm_run page */
+	int64_t deadline;    /* CLOCK_MONOTONIC in ns; 0: none */
 	struct kvm_run *run;
 	uint64_t run_size;
 	struct hv_batch *batch;
@@ -135,4 +139,5 @@ uint64_t hv_ring_read(struct hv_ring *ring, uint8_t *to, uint64_t size);
 uint64_t hv_ring_write(struct hv_ring *ring, const uint8_t *from, uint64_t size);
 int hv_set_batch(struct hv_vcpu *v, struct hv_batch *batch);
 int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_batch *next);
-int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to, uint64_t room);
+int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to,
+			uint64_t room);

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.need import need
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,6 +19,7 @@
 struct floor_runner {
 	int64_t (*enter)(void *vcpu, int64_t timeout_ns);
 	void *vcpu;
+	int64_t again;
 	pthread_t thread;
 	sem_t go;
 	sem_t done;
@@ -45,7 +46,11 @@ static int64_t enter_floor(void *vcpu, int64_t timeout_ns)
 	struct floor_vm *v = vcpu;
 
 	(void)timeout_ns;
-	return ioctl(v->vcpu, KVM_RUN, 0) < 0 ? -errno : (int64_t)v->run->exit_reason;
+	/* The signal of the last kick may come after its KVM_RUN has returned. */
+	while (ioctl(v->vcpu, KVM_RUN, 0) < 0)
+		if (errno != EINTR || v->run->immediate_exit)
+			return -errno;
+	return v->run->exit_reason;
 }
 
 static void *run(void *data)
@@ -57,14 +62,19 @@ static void *run(void *data)
 			; /* a signal that came too late for the guest */
 		if (__atomic_load_n(&r->stop, __ATOMIC_SEQ_CST))
 			return NULL;
-		r->rc = r->enter(r->vcpu, -1);
+		do
+			r->rc = r->enter(r->vcpu, -1);
+		while (r->rc == r->again);
 		r->left_ns = now_ns();
 		sem_post(&r->done);
 	}
 }
 
-/* `enter` NULL: `vcpu` is a struct floor_vm.  NULL and errno when it fails. */
-struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *vcpu)
+/*
+ * `enter` NULL: `vcpu` is a struct floor_vm.  Where enter() answers `again`, it is called again.
+ * NULL and errno when it fails.
+ */
+struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *vcpu, int64_t again)
 {
 	struct sigaction wake = {.sa_handler = nothing};
 	struct floor_runner *r = calloc(1, sizeof(*r));
@@ -76,6 +86,7 @@ struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *v
 	}
 	r->enter = enter ? enter : enter_floor;
 	r->vcpu = vcpu;
+	r->again = again;
 	sem_init(&r->go, 0, 0);
 	sem_init(&r->done, 0, 0);
 	rc = pthread_create(&r->thread, NULL, run, r);
@@ -117,7 +128,7 @@ void floor_runner_free(struct floor_runner *r)
 int floor_kicks(struct floor_vm *v, uint64_t nr, int64_t gap_ns, int64_t *latency_ns)
 {
 	struct timespec gap = {.tv_sec = gap_ns / 1000000000, .tv_nsec = gap_ns % 1000000000};
-	struct floor_runner *r = floor_runner_new(NULL, v);
+	struct floor_runner *r = floor_runner_new(NULL, v, 0);
 	int64_t rc = -EINTR;
 
 	if (!r)

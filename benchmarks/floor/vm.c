@@ -12,6 +12,10 @@
 #define ENTRY	 0x7c00
 #define NR_CPUID 256
 
+/* Where an Intel CPU that cannot run real mode itself keeps what it needs for that. */
+#define IDENTITY_MAP 0xfffbc000ULL
+#define TSS	     0xfffbd000UL
+
 /* Let the guest see what KVM can give it; CPL3 needs long mode in CPUID. */
 static int set_cpuid(struct floor_vm *v)
 {
@@ -78,6 +82,7 @@ static int map_run(struct floor_vm *v)
 
 static int open_all(struct floor_vm *v, const void *image, uint64_t size, int cpuid)
 {
+	uint64_t identity_map = IDENTITY_MAP;
 	int rc;
 
 	v->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -85,6 +90,9 @@ static int open_all(struct floor_vm *v, const void *image, uint64_t size, int cp
 		return -errno;
 	v->vm = ioctl(v->kvm, KVM_CREATE_VM, 0);
 	if (v->vm < 0)
+		return -errno;
+	if (ioctl(v->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map) < 0 ||
+	    ioctl(v->vm, KVM_SET_TSS_ADDR, TSS) < 0)
 		return -errno;
 	rc = map_ram(v);
 	if (rc)

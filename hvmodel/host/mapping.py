@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .._native import buffer
 
-__all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Mapping", "ViewError", "Writable"]
+__all__ = ["PROT_EXEC", "PROT_NONE", "PROT_READ", "PROT_WRITE", "Mapping", "ViewError", "Writable", "index"]
 
 PROT_NONE: int = lib.HV_PROT_NONE
 PROT_READ: int = lib.HV_PROT_READ
@@ -480,6 +480,7 @@ class Writable:
 
 
 def index(value: SupportsIndex, call: str, field: str, accepted: str = "an int") -> int:
+    """The int that `value` is or stands for (numpy's, too, but not bool); errors name `call` and `field`."""
     if isinstance(value, bool):
         raise ArgumentTypeError(call, field, value, accepted)
     try:

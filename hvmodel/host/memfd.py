@@ -31,7 +31,13 @@ __all__ = [
     "F_SEAL_SEAL",
     "F_SEAL_SHRINK",
     "F_SEAL_WRITE",
+    "NAME_MAX",
+    "SIZE_MAX",
     "MemFd",
+    "file_name",
+    "file_size",
+    "get_seals",
+    "page_multiple",
     "seal_names",
 ]
 

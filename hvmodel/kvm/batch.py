@@ -100,7 +100,7 @@ class Capture(_Ring):
             self._spilled.clear()
         return data
 
-    def spill(self) -> None:
+    def _spill(self) -> None:
         # Make room; the run loop calls this when the ring is full.
         with self._lock:
             self._drain()
@@ -260,7 +260,9 @@ class Batch:
             raise ArgumentTypeError(call, "write", write, '"stop", "ignore" or a Capture')
         for other in self._rules[kind]:
             if start < other[1] and other[0] < start + size:
-                raise ArgumentError(call, field, start, "a range of its own", f"[{other[0]:#x}, {other[1]:#x}) has a rule")
+                raise ArgumentError(
+                    call, field, start, "a range of its own", f"[{other[0]:#x}, {other[1]:#x}) has a rule"
+                )
         self._rules[kind].append((start, start + size, read, write))
         self._rules[kind].sort(key=lambda rule: rule[0])
         try:
@@ -328,11 +330,11 @@ class Batch:
     def _running(self) -> Any:
         return ffi.NULL if self._vcpu is None else self._vcpu._c
 
-    def spill(self) -> None:
+    def _spill(self) -> None:
         # Empty every capture ring; the run loop calls this when one is full.
         for part in self._keep:
             if isinstance(part, Capture):
-                part.spill()
+                part._spill()
 
     # ---- counts and records ----
 

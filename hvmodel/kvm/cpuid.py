@@ -30,7 +30,7 @@ class CpuidEntry(Value):
     edx: int = 0
 
 
-def unpack(table: Any) -> list[CpuidEntry]:
+def _unpack(table: Any) -> list[CpuidEntry]:
     # The entries of a struct kvm_cpuid2.
     return [
         CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
@@ -38,7 +38,7 @@ def unpack(table: Any) -> list[CpuidEntry]:
     ]
 
 
-def pack(call: str, entries: Iterable[CpuidEntry]) -> Any:
+def _pack(call: str, entries: Iterable[CpuidEntry]) -> Any:
     # A struct kvm_cpuid2 of the entries.
     rows = list(entries)
     if len(rows) > KVM_MAX_CPUID_ENTRIES:
@@ -54,7 +54,7 @@ def pack(call: str, entries: Iterable[CpuidEntry]) -> Any:
     return table
 
 
-def fetch(call: Callable[[Any], int]) -> tuple[int, Any]:
+def _fetch(call: Callable[[Any], int]) -> tuple[int, Any]:
     # Ask with a table that is large enough; (return value, table).
     nent = KVM_MAX_CPUID_ENTRIES
     while True:

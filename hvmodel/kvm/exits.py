@@ -54,6 +54,7 @@ __all__ = [
     "WrMsr",
     "X86BusLock",
     "Xen",
+    "decode",
 ]
 
 
@@ -325,7 +326,7 @@ _EXIT_UNION = 32  # offset of the union in struct kvm_run
 _EXIT_UNION_SIZE = 256
 
 
-def simple(word: int) -> Exit:
+def _simple(word: int) -> Exit:
     # The exit of a word that says all there is (see native/run.h).
     reason = word & 0xFF
     if reason == 2:
@@ -342,7 +343,10 @@ def simple(word: int) -> Exit:
 
 
 def decode(run: Any) -> Exit:
-    # The exit of a word with the complex bit, from the kvm_run page.
+    """The exit that a `struct kvm_run *` shows; `Unknown` for a reason that has no class.
+
+    An MMIO exit is given as such: whether it lies in a memslot only the VM can tell.
+    """
     decoder = _DECODERS.get(run.exit_reason)
     if decoder is None:
         raw = bytes(ffi.buffer(run, _EXIT_UNION + _EXIT_UNION_SIZE)[_EXIT_UNION:])
@@ -397,15 +401,15 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
     4: _debug,
     6: _mmio,
     9: lambda run: FailEntry(run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu),
-    11: lambda run: SetTpr(),
+    11: lambda _run: SetTpr(),
     12: lambda run: TprAccess(run.tpr_access.rip, bool(run.tpr_access.is_write)),
     17: _internal,
     24: _system_event,
     26: lambda run: IoApicEoi(run.eoi.vector),
     29: lambda run: RdMsr(run.msr.index, run.msr.reason),
     30: lambda run: WrMsr(run.msr.index, run.msr.data, run.msr.reason),
-    31: lambda run: DirtyRingFull(),
-    33: lambda run: X86BusLock(),
+    31: lambda _run: DirtyRingFull(),
+    33: lambda _run: X86BusLock(),
     34: _xen,
     37: lambda run: Notify(run.notify.flags),
 }

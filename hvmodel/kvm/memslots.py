@@ -12,7 +12,7 @@ from .._ffi import lib
 from ..units import PAGE_SIZE
 from ..value import Value
 
-__all__ = ["MemSlot"]
+__all__ = ["MemSlot", "explain_region"]
 
 _MAX_PAGES = (1 << 31) - 1
 _FLAGS = {"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2, "KVM_MEM_GUEST_MEMFD": 4}
@@ -38,7 +38,7 @@ class MemSlot(Value):
         return bool(self.flags & 2)
 
 
-class SlotMap:
+class _SlotMap:
     # The slots of address space 0 in order of gpa.  Rebuilt at each change, read by the vCPU threads without a lock:
     # both tuples are replaced together, in one store.
     def __init__(self) -> None:
@@ -68,8 +68,10 @@ class SlotMap:
 def explain_region(
     vm_fd: int, slots: dict[int, MemSlot], slot: int, gpa: int, size: int, hva: int, flags: int
 ) -> tuple[str, object, str, str] | None:
-    # Which field of a refused region is at fault: (field, value, accepted, detail), in the order the kernel checks
-    # (linux:virt/kvm/kvm_main.c kvm_set_memory_region@v6.18), or None.
+    """Which field of a refused memslot is at fault: (field, value, accepted, detail), or None where none is found.
+
+    Follows the order in which the kernel checks.  Source: linux:virt/kvm/kvm_main.c kvm_set_memory_region@v6.18.
+    """
     old = slots.get(slot)
     allowed = 1
     if lib.kvm_check_extension(vm_fd, lib.KVM_CAP_READONLY_MEM) > 0:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
+    from .._native import kvm_cpuid2
     from .cpuid import CpuidEntry
 
 __all__ = ["KVM_API_VERSION", "Kvm", "vendor_module"]
@@ -135,7 +136,7 @@ class Kvm(Handle):
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 where capability `cap` (a KVM_CAP_* number or `Cap`) is absent, else 1 or its value."""
-        return check_extension(self, cap)
+        return _check_extension(self, cap)
 
     def create_vm(self, type: int = 0) -> Vm:
         """Make a VM (KVM_CREATE_VM) of machine type `type`: KVM_X86_DEFAULT_VM = 0, SW_PROTECTED_VM = 1, SEV..., TDX.
@@ -156,19 +157,19 @@ class Kvm(Handle):
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """KVM_GET_SUPPORTED_CPUID: the leaves that KVM can give a guest on this host.  Some hold the current CPU's APIC id."""
-        return cpuid.unpack(self.supported_cpuid_table())
+        return cpuid._unpack(self.supported_cpuid_table())
 
-    def supported_cpuid_table(self) -> ffi.CData:
+    def supported_cpuid_table(self) -> kvm_cpuid2:
         """The same as a `struct kvm_cpuid2 *`, to be given to Vcpu.set_cpuid2 as it is."""
-        rc, table = cpuid.fetch(lambda t: lib.kvm_get_supported_cpuid(self.fd, t))
+        rc, table = cpuid._fetch(lambda t: lib.kvm_get_supported_cpuid(self.fd, t))
         self._check("KVM_GET_SUPPORTED_CPUID", rc)
         return table
 
     def emulated_cpuid(self) -> list[CpuidEntry]:
         """KVM_GET_EMULATED_CPUID: features that KVM emulates though the host lacks them."""
-        rc, table = cpuid.fetch(lambda t: lib.kvm_get_emulated_cpuid(self.fd, t))
+        rc, table = cpuid._fetch(lambda t: lib.kvm_get_emulated_cpuid(self.fd, t))
         self._check("KVM_GET_EMULATED_CPUID", rc)
-        return cpuid.unpack(table)
+        return cpuid._unpack(table)
 
     def msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST: the MSRs whose values make up a guest's state on this host."""
@@ -198,7 +199,7 @@ class Kvm(Handle):
         return get_msrs(self, indices)
 
 
-def check_extension(handle: Handle, cap: int) -> int:
+def _check_extension(handle: Handle, cap: int) -> int:
     # For Kvm and Vm alike.
     if isinstance(cap, bool) or not isinstance(cap, int):
         raise ArgumentTypeError("KVM_CHECK_EXTENSION", "cap", cap, "a KVM_CAP_* number")

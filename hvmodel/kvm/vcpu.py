@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 
-from .._ffi import ffi, lib
+from .._ffi import ffi, install_run, lib
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -24,7 +24,7 @@ from ..value import Value
 from . import cpuid, exits
 from .batch import Batch
 from .handle import Handle, StructItem
-from .vm import _uint, enable_cap
+from .vm import _enable_cap, _uint
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .._native import (
+        hv_vcpu,
+        kvm_cpuid2,
         kvm_debugregs,
         kvm_fpu,
         kvm_guest_debug,
@@ -53,9 +55,6 @@ __all__ = ["Translation", "Vcpu", "get_msrs"]
 
 _run = lib.hv_run
 _run_until = lib.hv_run_until
-_known: dict[int, Exit] = {}  # exit word -> exit, for the words that say all there is
-_get_known = _known.get
-_MAX_KNOWN = 1 << 15
 
 # What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever.
 _CLOSED = ffi.new("struct hv_vcpu *")
@@ -126,21 +125,26 @@ class Vcpu(Handle):
     """
 
     scope = "vcpu"
-    __slots__ = ("_batch", "_c", "id")
+    __slots__ = ("_address", "_batch", "_c", "id")
 
     def __init__(self, fd: int, vm: Vm, id: int) -> None:
         self.id = id
         self._batch: Batch | None = None
-        self._c: Any = _CLOSED
+        self._point(_CLOSED)
         super().__init__(fd, vm)
         out = ffi.new("struct hv_vcpu **")
         rc = lib.hv_vcpu_open(fd, vm.kvm.vcpu_mmap_size, out)
         if rc < 0:
             super().close()
             raise HostError(-rc, "mmap", "fd", fd, None, "the kvm_run page of a vCPU")
-        self._c = out[0]
+        self._point(out[0])
         vm._vcpus[id] = self
         _register_at_exit()
+
+    def _point(self, c: hv_vcpu) -> None:
+        # The C side's struct, and its address for native/pyrun.c.
+        self._c = c
+        self._address = int(ffi.cast("uintptr_t", c))
 
     @property
     def vm(self) -> Vm:
@@ -157,7 +161,7 @@ class Vcpu(Handle):
             return
         if lib.hv_vcpu_close(self._c, _CLOSE_WAIT_NS) < 0:
             raise BusyError("Vcpu.close", repr(self), "its thread does not leave KVM_RUN")
-        self._c = _CLOSED
+        self._point(_CLOSED)
         self.vm._vcpus.pop(self.id, None)
         if self._batch is not None:
             self._batch._vcpu = None
@@ -180,27 +184,26 @@ class Vcpu(Handle):
 
         Ioctl: KVM_RUN (4.10).
         """
-        word = _run(self._c, -1 if timeout is None else _timeout_ns("Vcpu.run", timeout))
-        return _get_known(word) or self._exit(word)
+        return self._run_for(timeout)
 
     def run_until(self, deadline_ns: int) -> Exit:
         """run() with a deadline: CLOCK_MONOTONIC (time.monotonic_ns) in ns; 0: none."""
-        word = _run_until(self._c, deadline_ns)
-        return _get_known(word) or self._exit(word)
+        return self._exit(_run_until(self._c, deadline_ns))
+
+    def _run_for(self, timeout: float | None) -> Exit:
+        return self._exit(_run(self._c, _timeout_ns("Vcpu.run", timeout)))
 
     def _exit(self, word: int) -> Exit:
         # What is not looked up: exits with more in the kvm_run page, interruptions, refusals.
         while word < 0:
             if word == lib.HV_RING_FULL and self._batch is not None:
-                self._batch.spill()
+                self._batch._spill()
             elif word != lib.HV_RETRY:
                 return self._interrupted(word)
             # A Python signal handler that raises has done so by now; else go on until the same deadline.
             word = _run_until(self._c, self._c.deadline)
         if not word & _COMPLEX:
-            if len(_known) >= _MAX_KNOWN:
-                _known.clear()
-            return _known.setdefault(word, exits.simple(word))
+            return exits._simple(word)
         run = self._c.run
         exit = exits.decode(run)
         if word & 0xFF == lib.KVM_EXIT_MMIO:
@@ -404,19 +407,19 @@ class Vcpu(Handle):
             if done < len(chunk):
                 raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done][0], "index")
 
-    def set_cpuid2(self, entries: Iterable[CpuidEntry] | ffi.CData) -> None:
+    def set_cpuid2(self, entries: Iterable[CpuidEntry] | kvm_cpuid2) -> None:
         """KVM_SET_CPUID2: what CPUID shows the guest; entries, or a `struct kvm_cpuid2 *` as Kvm hands it out.
 
         KvmError: EINVAL the vCPU has run and the leaves differ, E2BIG more than 256.
         """
-        table = entries if isinstance(entries, ffi.CData) else cpuid.pack("KVM_SET_CPUID2", entries)
+        table = entries if isinstance(entries, ffi.CData) else cpuid._pack("KVM_SET_CPUID2", entries)
         self.ioctl("KVM_SET_CPUID2", table)
 
     def get_cpuid2(self) -> list[CpuidEntry]:
         """KVM_GET_CPUID2: the leaves as KVM keeps them, which may differ from what was set."""
-        rc, table = cpuid.fetch(lambda t: lib.kvm_get_cpuid2(self.fd, t))
+        rc, table = cpuid._fetch(lambda t: lib.kvm_get_cpuid2(self.fd, t))
         self._check("KVM_GET_CPUID2", rc)
-        return cpuid.unpack(table)
+        return cpuid._unpack(table)
 
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: inject external interrupt `vector` (0 to 255) at the next entry; without in-kernel irqchip.
@@ -442,7 +445,7 @@ class Vcpu(Handle):
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP on the vCPU; see Vm.enable_cap."""
-        return enable_cap(self, cap, args, flags)
+        return _enable_cap(self, cap, args, flags)
 
     def stats_fd(self) -> int:
         """KVM_GET_STATS_FD: a new file descriptor of the vCPU's statistics; the caller's to close."""
@@ -470,3 +473,13 @@ def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
         if done < len(chunk):
             raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done], "index")
     return values
+
+
+# run() and run_until() as C methods that skip Python for an exit seen before; what stands above says what they do.
+install_run(
+    Vcpu,
+    {
+        "run": f"run($self, /, timeout=None)\n--\n\n{Vcpu.run.__doc__}",
+        "run_until": f"run_until($self, deadline_ns, /)\n--\n\n{Vcpu.run_until.__doc__}",
+    },
+)

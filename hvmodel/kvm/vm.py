@@ -9,13 +9,13 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
 from .device import Device
 from .handle import Handle, StructItem
-from .memslots import MemSlot, SlotMap, explain_region
+from .memslots import MemSlot, _SlotMap, explain_region
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .._native import kvm_clock_data, kvm_pit_state, kvm_pit_state2
+    from .._native import kvm_clock_data, kvm_coalesced_mmio_zone, kvm_irqchip, kvm_pit_state, kvm_pit_state2
     from ..host import Mapping
     from .system import Kvm
     from .vcpu import Vcpu
@@ -78,7 +78,7 @@ class Vm(Handle):
 
     def __init__(self, fd: int, kvm: Kvm) -> None:
         super().__init__(fd, kvm)
-        self._slots = SlotMap()
+        self._slots = _SlotMap()
         self._pinned: dict[int, tuple[Mapping, str]] = {}  # slot -> the memory it keeps, and the name of the pin
         self._vcpus: dict[int, Vcpu] = {}
 
@@ -105,9 +105,9 @@ class Vm(Handle):
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on this VM (KVM_CAP_CHECK_EXTENSION_VM): what holds for it rather than for all."""
-        from .system import check_extension
+        from .system import _check_extension
 
-        return check_extension(self, cap)
+        return _check_extension(self, cap)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP: switch capability `cap` on, with up to four arguments.
@@ -115,7 +115,7 @@ class Vm(Handle):
         Raises UnsupportedError where KVM_CHECK_EXTENSION says 0 (some kernels accept what they do not have), KvmError EINVAL
         for arguments or a time that the capability does not allow (many must come before the first vCPU).
         """
-        return enable_cap(self, cap, args, flags)
+        return _enable_cap(self, cap, args, flags)
 
     # ---- vCPUs and devices ----
 
@@ -243,7 +243,8 @@ class Vm(Handle):
         """
         call = "KVM_CREATE_GUEST_MEMFD"
         arg = ffi.new(
-            "struct kvm_create_guest_memfd *", {"size": _uint(call, "size", size, 64), "flags": _uint(call, "flags", flags, 64)}
+            "struct kvm_create_guest_memfd *",
+            {"size": _uint(call, "size", size, 64), "flags": _uint(call, "flags", flags, 64)},
         )
         rc = lib.kvm_create_guest_memfd(self.fd, arg)
         if rc == -errno.EINVAL:
@@ -273,7 +274,9 @@ class Vm(Handle):
         self._check("KVM_GET_DIRTY_LOG", rc, "slot", slot, None, detail)
         return bitmap
 
-    def clear_dirty_log(self, slot: int, bitmap: bytes | bytearray, *, first_page: int = 0, num_pages: int | None = None) -> None:
+    def clear_dirty_log(
+        self, slot: int, bitmap: bytes | bytearray, *, first_page: int = 0, num_pages: int | None = None
+    ) -> None:
         """KVM_CLEAR_DIRTY_LOG: write-protect anew the pages whose bits are set.
 
         `first_page` must be a multiple of 64; so must `num_pages`, unless the range ends the slot (the default).  KvmError EINVAL:
@@ -289,7 +292,9 @@ class Vm(Handle):
         if not isinstance(bitmap, bytes | bytearray):
             raise ArgumentTypeError(call, "bitmap", bitmap, "bytes or bytearray")
         if len(bitmap) * 8 < num_pages:
-            raise ArgumentError(call, "bitmap", len(bitmap), f"at least {(num_pages + 7) // 8} bytes for {num_pages} pages")
+            raise ArgumentError(
+                call, "bitmap", len(bitmap), f"at least {(num_pages + 7) // 8} bytes for {num_pages} pages"
+            )
         # The kernel reads whole words.
         copy = ffi.new("uint64_t[]", max((num_pages + 63) // 64, 1))
         ffi.memmove(copy, bytes(bitmap[: len(copy) * 8]), min(len(bitmap), len(copy) * 8))
@@ -351,14 +356,14 @@ class Vm(Handle):
         detail = "create_irqchip() first" if rc == -errno.ENOENT else None
         self._check("KVM_CREATE_PIT2", rc, None, None, None, detail)
 
-    def get_irqchip(self, chip_id: int) -> ffi.CData:
+    def get_irqchip(self, chip_id: int) -> kvm_irqchip:
         """KVM_GET_IRQCHIP: `struct kvm_irqchip *` of chip 0 (PIC master), 1 (PIC slave), 2 (IOAPIC)."""
         call = "KVM_GET_IRQCHIP"
         arg = ffi.new("struct kvm_irqchip *", {"chip_id": _uint(call, "chip_id", chip_id)})
         self._check(call, lib.kvm_get_irqchip(self.fd, arg), "chip_id", chip_id, "0, 1 or 2, with an in-kernel irqchip")
         return arg
 
-    def set_irqchip(self, chip: ffi.CData) -> None:
+    def set_irqchip(self, chip: kvm_irqchip) -> None:
         """KVM_SET_IRQCHIP from a `struct kvm_irqchip *`."""
         self.ioctl("KVM_SET_IRQCHIP", chip)
 
@@ -405,7 +410,11 @@ class Vm(Handle):
         _uint("KVM_SIGNAL_MSI", "address", address, 64)
         arg = ffi.new(
             "struct kvm_msi *",
-            {"address_lo": address & 0xFFFFFFFF, "address_hi": address >> 32, "data": _uint("KVM_SIGNAL_MSI", "data", data)},
+            {
+                "address_lo": address & 0xFFFFFFFF,
+                "address_hi": address >> 32,
+                "data": _uint("KVM_SIGNAL_MSI", "data", data),
+            },
         )
         return self._check("KVM_SIGNAL_MSI", lib.kvm_signal_msi(self.fd, arg), "address", address)
 
@@ -428,7 +437,14 @@ class Vm(Handle):
         self._check("KVM_IRQFD", lib.kvm_irqfd(self.fd, arg), "gsi", gsi, "a routed GSI and an eventfd of its own")
 
     def ioeventfd(
-        self, eventfd: object, address: int, size: int, *, pio: bool = False, datamatch: int | None = None, deassign: bool = False
+        self,
+        eventfd: object,
+        address: int,
+        size: int,
+        *,
+        pio: bool = False,
+        datamatch: int | None = None,
+        deassign: bool = False,
     ) -> None:
         """KVM_IOEVENTFD: signal `eventfd` when the guest writes `size` bytes (0 any, 1, 2, 4, 8) at gpa or port `address`.
 
@@ -465,7 +481,9 @@ class Vm(Handle):
     def unregister_coalesced_mmio(self, address: int, size: int, *, pio: bool = False) -> None:
         """KVM_UNREGISTER_COALESCED_MMIO of the zones within the range."""
         call = "KVM_UNREGISTER_COALESCED_MMIO"
-        self._check(call, lib.kvm_unregister_coalesced_mmio(self.fd, _zone(call, address, size, pio)), "address", address)
+        self._check(
+            call, lib.kvm_unregister_coalesced_mmio(self.fd, _zone(call, address, size, pio)), "address", address
+        )
 
     # ---- filters ----
 
@@ -503,14 +521,14 @@ class Vm(Handle):
     )
 
 
-def _zone(call: str, address: int, size: int, pio: bool) -> ffi.CData:
+def _zone(call: str, address: int, size: int, pio: bool) -> kvm_coalesced_mmio_zone:
     return ffi.new(
         "struct kvm_coalesced_mmio_zone *",
         {"addr": _uint(call, "address", address, 64), "size": _uint(call, "size", size), "pio": 1 if pio else 0},
     )
 
 
-def enable_cap(handle: Handle, cap: int, args: tuple[int, ...], flags: int) -> int:
+def _enable_cap(handle: Handle, cap: int, args: tuple[int, ...], flags: int) -> int:
     # For Vm and Vcpu alike.
     call = "KVM_ENABLE_CAP"
     _uint(call, "cap", cap)
@@ -531,4 +549,3 @@ def enable_cap(handle: Handle, cap: int, args: tuple[int, ...], flags: int) -> i
     if not args and not flags:
         field, value = "cap", cap
     raise handle._refusal(call, -rc, field, value, None, f"capability {cap} does not take this here and now")
-

@@ -1,8 +1,8 @@
 """Machines: the front door of hvmodel.
 
-    machine   Machine, Stop   RAM, a vCPU, the loop around KVM_RUN
-    cpu       Cpu, Location   a vCPU that knows the RAM
-    console   Console         serial and debug output
+machine   Machine, Stop   RAM, a vCPU, the loop around KVM_RUN
+cpu       Cpu, Location   a vCPU that knows the RAM
+console   Console         serial and debug output
 """
 
 from __future__ import annotations

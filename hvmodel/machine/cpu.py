@@ -106,7 +106,9 @@ class Cpu:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ArgumentTypeError(call, field, value, "an int")
         if not 0 <= entry < _REAL_MODE_END:
-            raise ArgumentError(call, "entry", entry, f"an address that real mode reaches: 0 to {_REAL_MODE_END - 1:#x}")
+            raise ArgumentError(
+                call, "entry", entry, f"an address that real mode reaches: 0 to {_REAL_MODE_END - 1:#x}"
+            )
         if not 0 <= sp <= 0xFFFF:
             raise ArgumentError(call, "sp", sp, "0 to 0xffff")
         if cs is None:

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["HostDirty", "merge"]
+__all__ = ["HostDirty", "merge", "pages_of"]
 
 
 def merge(ranges: Iterable[range]) -> list[range]:
