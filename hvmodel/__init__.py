@@ -1,7 +1,7 @@
 """hvmodel: the hypervisor you can import.
 
-Names are imported when first used, so that `import hvmodel` costs next to nothing, and the pure models work where there is neither
-/dev/kvm nor the compiled extension.
+Names are imported when first used, so that `import hvmodel` costs next to nothing, and the pure models work where
+there is neither /dev/kvm nor the compiled extension.
 
     errors, units, value   what can go wrong; sizes and pages; frozen values
     host, ram              memfd, mappings; RAM blocks

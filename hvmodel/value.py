@@ -1,9 +1,9 @@
 """Frozen, slotted values: what `dataclass(frozen=True, slots=True)` makes, without its 11 ms of import.
 
-A subclass of `Value` lists its fields as annotations.  It gets `__slots__`, `__match_args__`, a constructor that takes the
-fields by position or name, equality and hash over the fields (two classes are never equal), a repr that shows integers
-above 9 in hexadecimal, pickling, and `fields()`.  Assignment raises AttributeError.  The constructor is compiled at the first
-use of a class, so that a class nobody makes costs nothing.
+A subclass of `Value` lists its fields as annotations.  It gets `__slots__`, `__match_args__`, a constructor that
+takes the fields by position or name, equality and hash over the fields (two classes are never equal), a repr that
+shows integers above 9 in hexadecimal, pickling, and `fields()`.  Assignment raises AttributeError.  The constructor
+is compiled at the first use of a class, so that a class nobody makes costs nothing.
 """
 
 from __future__ import annotations

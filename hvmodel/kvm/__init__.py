@@ -5,8 +5,8 @@
     vcpu     Vcpu     Vm.create_vcpu()
     device   Device   Vm.create_device()
 
-Ioctls with semantics are methods named after them; pairs that get and set a struct are attributes (`vcpu.regs`); every other
-ioctl goes through `ioctl("KVM_…", arg)`.
+Ioctls with semantics are methods named after them; pairs that get and set a struct are attributes (`vcpu.regs`);
+every other ioctl goes through `ioctl("KVM_…", arg)`.
 
     >>> from hvmodel.kvm import Kvm
     >>> with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:

@@ -1,7 +1,7 @@
 """Exits that C serves: rules per range of ports and addresses, counts, and a record of every exit.
 
-Attach a `Batch` to a vCPU (`vcpu.batch = batch`) and `Vcpu.run()` returns only for exits that no rule serves.  This is how serial
-output and exit traces cost no Python per exit.
+Attach a `Batch` to a vCPU (`vcpu.batch = batch`) and `Vcpu.run()` returns only for exits that no rule serves.  This
+is how serial output and exit traces cost no Python per exit.
 
     read  "stop" give it to Python | "ignore" all ones | an int: that value | a Feed: the next bytes of it
     write "stop" give it to Python | "ignore" drop it  | a Capture: append the bytes
@@ -80,8 +80,8 @@ class _Ring:
 class Capture(_Ring):
     """Collects what the guest writes to the ranges it is the `write` of; `read()` takes it out.
 
-    Bytes are in the order of the guest's writes.  A full ring loses nothing: the run loop empties it into memory of this
-    object's own and goes on.
+    Bytes are in the order of the guest's writes.  A full ring loses nothing: the run loop empties it into memory of
+    this object's own and goes on.
 
     Thread safety: any thread may call read(), also while the guest runs.
     """
@@ -119,8 +119,8 @@ class Capture(_Ring):
 class Feed(_Ring):
     """Answers the guest's reads of the ranges it is the `read` of, from bytes that `write()` puts in.
 
-    `on_empty`: what a read gets that finds fewer bytes than it wants: "stop" (the exit goes to Python), "ignore" (all ones) or an
-    int.
+    `on_empty`: what a read gets that finds fewer bytes than it wants: "stop" (the exit goes to Python), "ignore" (all
+    ones) or an int.
 
     Thread safety: any thread may call write(), also while the guest runs.
     """
@@ -158,9 +158,9 @@ def _policy(call: str, field: str, value: object) -> tuple[int, int]:
 class ExitRecord(Value):
     """One recorded exit.
 
-    `time_ns`: CLOCK_MONOTONIC, or 0 without timestamps; `rip`: 0 where registers are not synced; `address`: port, gpa or MSR;
-    `data`: the first 8 bytes, little-endian (of an exit left to Python only what was written); `reason`: KVM_EXIT_*;
-    `count` elements of `size` bytes; `is_write`; `policy`: what was done ("stop": given to Python).
+    `time_ns`: CLOCK_MONOTONIC, or 0 without timestamps; `rip`: 0 where registers are not synced; `address`: port, gpa
+    or MSR; `data`: the first 8 bytes, little-endian (of an exit left to Python only what was written); `reason`:
+    KVM_EXIT_*; `count` elements of `size` bytes; `is_write`; `policy`: what was done ("stop": given to Python).
     """
 
     time_ns: int
@@ -177,7 +177,8 @@ class ExitRecord(Value):
 def iter_records(records: bytes | bytearray | memoryview) -> Iterator[ExitRecord]:
     """The exits in a buffer from `Batch.take_records()`, without numpy."""
     for row in _RECORD.iter_unpack(records):
-        yield ExitRecord(*row[:7], bool(row[7]), _POLICY_NAMES[row[8]])
+        time_ns, rip, address, data, reason, count, size, is_write, policy = row
+        yield ExitRecord(time_ns, rip, address, data, reason, count, size, bool(is_write), _POLICY_NAMES[policy])
 
 
 class Batch:
@@ -186,7 +187,8 @@ class Batch:
     `unclaimed_pio`, `unclaimed_mmio`: what happens to an access that no rule covers, "stop" or "ignore".
     `max_exits`: a run ends with Interrupted("limit") when it has served so many; 0: no limit.
 
-    Thread safety: change it from one thread, while its vCPU is not running (else BusyError).  Captures and feeds are free of that.
+    Thread safety: change it from one thread, while its vCPU is not running (else BusyError).  Captures and feeds are
+    free of that.
 
     >>> out = Capture()
     >>> batch = Batch()
@@ -354,7 +356,8 @@ class Batch:
         return {reason: n for reason, n in enumerate(self._batch.counts) if n}
 
     def record(self, capacity: int, *, timestamps: bool = False) -> None:
-        """From now on record every exit, up to `capacity` (then the run ends with Interrupted("records")); 0: stop recording.
+        """From now on record every exit, up to `capacity` (then the run ends with Interrupted("records")); 0: stop
+        recording.
 
         48 bytes each.  `timestamps` reads the clock at every exit.  What was recorded and not taken is dropped.
         """

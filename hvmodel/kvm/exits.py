@@ -5,9 +5,9 @@
         case IoIn(port=0x60): vcpu.answer(0x1C)
         case Hlt(): ...
 
-Owns one class per KVM_EXIT_* reason that x86 gives, `Interrupted` for a KVM_RUN that was interrupted (EINTR), `Again` and
-`HostFault` for the refusals of KVM_RUN that are no errors, `Unknown` for every other reason, and the way from the kvm_run page to
-these values.
+Owns one class per KVM_EXIT_* reason that x86 gives, `Interrupted` for a KVM_RUN that was interrupted (EINTR), `Again`
+and `HostFault` for the refusals of KVM_RUN that are no errors, `Unknown` for every other reason, and the way from the
+kvm_run page to these values.
 
 After a read exit (`IoIn`, `MmioRead`, `RdMsr`, a `HostFault` of a read) the guest's instruction waits for its data:
 `answer(data)` gives it; running on without is an UnansweredError.
@@ -122,11 +122,13 @@ class MmioWrite(Value):
 
 
 class HostFault(Value):
-    """The host page behind guest memory cannot be accessed: PROT_NONE, read-only, unmapped, or past the end of its file.
+    """The host page behind guest memory cannot be accessed: PROT_NONE, read-only, unmapped, or past the end of its
+    file.
 
     Two ways lead here.  An emulated access comes as KVM_EXIT_MMIO with an address *inside* memslot `slot`: `gpa`,
-    `size`, `is_write` and `data` are known; a write is lost unless you carry it out, a read is to be answered.  A native access
-    makes KVM_RUN fail with EFAULT: then all five are None, and nothing is lost: make the page accessible and run again.
+    `size`, `is_write` and `data` are known; a write is lost unless you carry it out, a read is to be answered.  A
+    native access makes KVM_RUN fail with EFAULT: then all five are None, and nothing is lost: make the page
+    accessible and run again.
     """
 
     gpa: int | None = None
@@ -174,14 +176,14 @@ class InternalError(Value):
 
 
 class FailEntry(Value):
-    """KVM_EXIT_FAIL_ENTRY: the processor refused to enter the guest; `reason` is the vendor's code, `cpu` the host CPU."""
+    """KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state; `reason`: its code; `cpu`: the host CPU."""
 
     reason: int
     cpu: int
 
 
 class Debug(Value):
-    """KVM_EXIT_DEBUG: a breakpoint or step of KVM_SET_GUEST_DEBUG: `exception` (1 or 3), `pc` (linear), `dr6`, `dr7`."""
+    """KVM_EXIT_DEBUG: a breakpoint or step of KVM_SET_GUEST_DEBUG; `exception` 1 or 3, `pc` linear."""
 
     exception: int
     pc: int
@@ -278,8 +280,8 @@ class Unknown(Value):
 class Interrupted(Value):
     """KVM_RUN came back with EINTR, or was not entered because it would have.
 
-    `cause`: "kick"; "signal" (one that this process handles); "timeout"; with a batch also "limit" (max_exits served) and
-    "records" (the record buffer is full).  Run again to go on; nothing is lost.
+    `cause`: "kick"; "signal" (one that this process handles); "timeout"; with a batch also "limit" (max_exits served)
+    and "records" (the record buffer is full).  Run again to go on; nothing is lost.
     """
 
     cause: str

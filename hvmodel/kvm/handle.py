@@ -61,9 +61,9 @@ def _abandon(fd: int, what: str, pid: int) -> None:
 class Handle:
     """An open KVM file descriptor.
 
-    `with` closes it; so does `close()`, which may be called again.  A handle that was forgotten warns (ResourceWarning) and is
-    closed by its finalizer.  A child of os.fork cannot use VM and vCPU handles of its parent: the kernel answers EIO, which is
-    raised as ForkedError.
+    `with` closes it; so does `close()`, which may be called again.  A handle that was forgotten warns
+    (ResourceWarning) and is closed by its finalizer.  A child of os.fork cannot use VM and vCPU handles of its
+    parent: the kernel answers EIO, which is raised as ForkedError.
 
     Thread safety: ioctls may be called from any thread; the kernel serialises those of one vCPU.
     """
@@ -87,7 +87,9 @@ class Handle:
             raise ClosedError(f"{type(self).__name__}.fd", repr(self))
         return self._fd
 
-    fileno = fd.fget
+    def fileno(self) -> int:
+        """The file descriptor, for select and its like."""
+        return self.fd
 
     @property
     def closed(self) -> bool:
@@ -113,7 +115,7 @@ class Handle:
         name = type(self).__name__
         return f"<{name} closed>" if self._fd < 0 else f"<{name} fd={self._fd}>"
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> str:
         raise TypeError(f"{self!r} cannot be pickled: it is a file descriptor of this process")
 
     # ---- ioctls ----
@@ -121,14 +123,14 @@ class Handle:
     def ioctl(self, name: str, arg: Any = None) -> int:
         """Issue any KVM ioctl of this kind of fd by name; the raw door of the binding.
 
-        `arg` by the table's `argument` column: nothing for `-`; an int for `ulong`; for `struct:kvm_x` a pointer made by
-        `ffi.new("struct kvm_x *")` (another struct's pointer is a TypeError); for `ptr:uint64_t` such a pointer, or an
-        int that is passed by reference; for `ptr:void` a pointer or an address, unchecked.
+        `arg` by the table's `argument` column: nothing for `-`; an int for `ulong`; for `struct:kvm_x` a pointer made
+        by `ffi.new("struct kvm_x *")` (another struct's pointer is a TypeError); for `ptr:uint64_t` such a pointer,
+        or an int that is passed by reference; for `ptr:void` a pointer or an address, unchecked.
 
         Returns what the kernel returned (>= 0): 0, a new file descriptor that is now yours, a count, or a value.
 
-        Raises ArgumentError for a name that is not in the table or not for this kind of fd, ArgumentTypeError for a wrong
-        argument, and KvmError (UnsupportedError, ForkedError, VmDeadError) for a refusal.
+        Raises ArgumentError for a name that is not in the table or not for this kind of fd, ArgumentTypeError for a
+        wrong argument, and KvmError (UnsupportedError, ForkedError, VmDeadError) for a refusal.
 
         >>> from hvmodel.kvm import Kvm
         >>> with Kvm() as kvm:
@@ -237,8 +239,8 @@ class Handle:
 class StructItem(Generic[T]):
     """A pair of ioctls that get and set one struct of the kernel, as an attribute.
 
-    Reading issues the get ioctl and returns a new struct of its own (a cffi pointer with the kernel's field names); assigning
-    issues the set ioctl.  Change a copy and assign it back:
+    Reading issues the get ioctl and returns a new struct of its own (a cffi pointer with the kernel's field names);
+    assigning issues the set ioctl.  Change a copy and assign it back:
 
         regs = vcpu.regs
         regs.rip = 0x7C00
@@ -259,8 +261,8 @@ class StructItem(Generic[T]):
     @overload
     def __get__(self, handle: None, owner: type) -> StructItem[T]: ...
     @overload
-    def __get__(self, handle: Handle, owner: type) -> T: ...
-    def __get__(self, handle: Handle | None, owner: type) -> StructItem[T] | T:
+    def __get__(self, handle: Handle, owner: type) -> T: ...  # noqa: F811  # `overload` is found by its name only
+    def __get__(self, handle: Handle | None, owner: type) -> StructItem[T] | T:  # noqa: F811
         if handle is None:
             return self
         if self._get is None or self.get is None:

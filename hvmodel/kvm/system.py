@@ -46,8 +46,8 @@ def _explain_open(path: str, err: int) -> str:
         if vendor_module():
             return f"KVM is loaded but {path} is not there: in a container, pass it in (--device {path})"
         return (
-            "KVM is not loaded: switch virtualization on in the firmware and load kvm_intel or kvm_amd (modprobe); in a "
-            "virtual machine, ask for nested virtualization"
+            "KVM is not loaded: switch virtualization on in the firmware and load kvm_intel or kvm_amd (modprobe); "
+            "in a virtual machine, ask for nested virtualization"
         )
     if err in (errno.EACCES, errno.EPERM):
         group = ""
@@ -135,7 +135,7 @@ class Kvm(Handle):
         return self._check("KVM_GET_VCPU_MMAP_SIZE", lib.kvm_get_vcpu_mmap_size(self.fd))
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION: 0 where capability `cap` (a KVM_CAP_* number or `Cap`) is absent, else 1 or its value."""
+        """KVM_CHECK_EXTENSION: 0 where capability `cap` (KVM_CAP_*, or `Cap`) is absent, else 1 or its value."""
         return _check_extension(self, cap)
 
     def create_vm(self, type: int = 0) -> Vm:
@@ -156,14 +156,15 @@ class Kvm(Handle):
         return Vm(fd, self)
 
     def supported_cpuid(self) -> list[CpuidEntry]:
-        """KVM_GET_SUPPORTED_CPUID: the leaves that KVM can give a guest on this host.  Some hold the current CPU's APIC id."""
+        """KVM_GET_SUPPORTED_CPUID: the leaves KVM can give a guest here.  Some hold the current CPU's APIC id."""
         return cpuid._unpack(self.supported_cpuid_table())
 
     def supported_cpuid_table(self) -> kvm_cpuid2:
         """The same as a `struct kvm_cpuid2 *`, to be given to Vcpu.set_cpuid2 as it is."""
         rc, table = cpuid._fetch(lambda t: lib.kvm_get_supported_cpuid(self.fd, t))
         self._check("KVM_GET_SUPPORTED_CPUID", rc)
-        return table
+        supported: kvm_cpuid2 = table
+        return supported
 
     def emulated_cpuid(self) -> list[CpuidEntry]:
         """KVM_GET_EMULATED_CPUID: features that KVM emulates though the host lacks them."""

@@ -1,8 +1,8 @@
 """A virtual CPU: its state by get/set pairs, and running it without races.
 
-Running.  `run()` enters KVM_RUN through native/run.c, which decides on the return value of KVM_RUN alone, lets no kick, signal
-or timeout slip between a last check and the entry, and hands back one integer per exit.  Equal integers are equal exits, so most
-exits are looked up, not built.
+Running.  `run()` enters KVM_RUN through native/run.c, which decides on the return value of KVM_RUN alone, lets no
+kick, signal or timeout slip between a last check and the entry, and hands back one integer per exit.  Equal integers
+are equal exits, so most exits are looked up, not built.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from .vm import _enable_cap, _uint
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from typing import Any
 
     from .._native import (
         hv_vcpu,
@@ -120,8 +119,8 @@ class Translation(Value):
 class Vcpu(Handle):
     """A virtual CPU, made by `Vm.create_vcpu()`.
 
-    Thread safety: `run()` and what changes the vCPU from one thread at a time (a second runner gets BusyError); `kick()` from
-    any thread.  Get and set ioctls of another thread wait in the kernel until the runner has left.
+    Thread safety: `run()` and what changes the vCPU from one thread at a time (a second runner gets BusyError);
+    `kick()` from any thread.  Get and set ioctls of another thread wait in the kernel until the runner has left.
     """
 
     scope = "vcpu"
@@ -179,8 +178,8 @@ class Vcpu(Handle):
         `timeout` in seconds, from now on; None: no limit.  Interrupted("kick" | "signal" | "timeout") where KVM_RUN
         was interrupted; a signal's Python handler has run by then (KeyboardInterrupt comes out of here).
 
-        Raises UnansweredError where the last exit was a read that nobody answered, BusyError where another thread runs it,
-        ForkedError in a child of os.fork, VmDeadError, ClosedError, and KvmError for the other refusals of KVM_RUN.
+        Raises UnansweredError where the last exit was a read that nobody answered, BusyError where another thread runs
+        it, ForkedError in a child of os.fork, VmDeadError, ClosedError, and KvmError for the other refusals of KVM_RUN.
 
         Ioctl: KVM_RUN (4.10).
         """
@@ -211,7 +210,7 @@ class Vcpu(Handle):
         return exit
 
     def _not_in_slot(self, exit: Exit) -> Exit:
-        # An MMIO exit inside a memslot means that the host page could not be accessed, unless it is a write to a ROM.
+        # An MMIO exit inside a memslot: the host page could not be accessed, unless it is a write to a ROM.
         if not isinstance(exit, exits.MmioRead | exits.MmioWrite):
             return exit
         slot = self.vm._slots.at(exit.gpa)
@@ -262,8 +261,8 @@ class Vcpu(Handle):
     def kick(self) -> bool:
         """Make the running, or else the next, `run()` return Interrupted("kick"); never lost, kicks do not add up.
 
-        True: the runner's Python code has it; waits up to 1 ms for that, with the GIL released.  False: pending, the vCPU is not
-        running, or left with an exit of its own.  Thread safety: any thread.
+        True: the runner's Python code has it; waits up to 1 ms for that, with the GIL released.  False: pending, the
+        vCPU is not running, or left with an exit of its own.  Thread safety: any thread.
         """
         c = self._c
         if c is _CLOSED:
@@ -304,8 +303,8 @@ class Vcpu(Handle):
     def complete_io(self) -> None:
         """Finish the instruction of the last exit, without running on (KVM_RUN with immediate_exit).
 
-        At an IO, MMIO or MSR exit a vCPU's state is complete only after this.  A further exit of the same instruction is
-        kept, and the next run() returns it.  UnansweredError: it is a read without an answer.
+        At an IO, MMIO or MSR exit a vCPU's state is complete only after this.  A further exit of the same instruction
+        is kept, and the next run() returns it.  UnansweredError: it is a read without an answer.
         """
         rc = lib.hv_complete(self._c)
         if rc:
@@ -381,7 +380,7 @@ class Vcpu(Handle):
 
     @property
     def tsc_khz(self) -> int:
-        """Guest TSC frequency in kHz (KVM_GET_TSC_KHZ); set with KVM_SET_TSC_KHZ, EINVAL where the host cannot scale."""
+        """Guest TSC frequency in kHz (KVM_GET_TSC_KHZ).  KVM_SET_TSC_KHZ: EINVAL where the host cannot scale."""
         return self._check("KVM_GET_TSC_KHZ", lib.kvm_get_tsc_khz(self.fd))
 
     @tsc_khz.setter
@@ -424,7 +423,8 @@ class Vcpu(Handle):
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: inject external interrupt `vector` (0 to 255) at the next entry; without in-kernel irqchip.
 
-        The caller checks that the guest can take it (kvm_run.ready_for_interrupt_injection).  ENXIO: there is an in-kernel PIC.
+        The caller checks that the guest can take it (kvm_run.ready_for_interrupt_injection).  ENXIO: there is an
+        in-kernel PIC.
         """
         arg = ffi.new("struct kvm_interrupt *", {"irq": _uint("KVM_INTERRUPT", "vector", vector)})
         self._check("KVM_INTERRUPT", lib.kvm_interrupt(self.fd, arg), "vector", vector, "0 to 255")
@@ -438,7 +438,7 @@ class Vcpu(Handle):
         self._check("KVM_SMI", lib.kvm_smi(self.fd))
 
     def translate(self, gva: int) -> Translation:
-        """KVM_TRANSLATE: where the guest's page tables lead from linear address `gva`; sets accessed bits on the way."""
+        """KVM_TRANSLATE: where the guest's page tables lead from linear address `gva`; sets accessed bits."""
         arg = ffi.new("struct kvm_translation *", {"linear_address": _uint("KVM_TRANSLATE", "gva", gva, 64)})
         self._check("KVM_TRANSLATE", lib.kvm_translate(self.fd, arg), "gva", gva)
         return Translation(arg.physical_address, bool(arg.valid), bool(arg.writeable), bool(arg.usermode))

@@ -112,8 +112,8 @@ class Vm(Handle):
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP: switch capability `cap` on, with up to four arguments.
 
-        Raises UnsupportedError where KVM_CHECK_EXTENSION says 0 (some kernels accept what they do not have), KvmError EINVAL
-        for arguments or a time that the capability does not allow (many must come before the first vCPU).
+        Raises UnsupportedError where KVM_CHECK_EXTENSION says 0 (some kernels accept what they do not have), KvmError
+        EINVAL for arguments or a time that the capability does not allow (many must come before the first vCPU).
         """
         return _enable_cap(self, cap, args, flags)
 
@@ -169,9 +169,10 @@ class Vm(Handle):
     ) -> MemSlot:
         """Back `size` bytes at `gpa` with host memory (KVM_SET_USER_MEMORY_REGION).
 
-        `memory`: a hvmodel.host.Mapping, from `offset` on (`size` defaults to its rest); the VM keeps it from being unmapped as long as
-        it is in the slot.  Or an int, a host virtual address: unsafe, for then nothing does.  `flags`: KVM_MEM_LOG_DIRTY_PAGES
-        = 1, KVM_MEM_READONLY = 2.  The same slot again moves it or changes LOG_DIRTY_PAGES; `delete_memory_region` deletes it.
+        `memory`: a hvmodel.host.Mapping, from `offset` on (`size` defaults to its rest); the VM keeps it from being
+        unmapped as long as it is in the slot.  Or an int, a host virtual address: unsafe, for then nothing does.
+        `flags`: KVM_MEM_LOG_DIRTY_PAGES = 1, KVM_MEM_READONLY = 2.  The same slot again moves it or changes
+        LOG_DIRTY_PAGES; `delete_memory_region` deletes it.
 
         KvmError EINVAL, EEXIST (overlap): `field` says which argument, and why.
         """
@@ -258,8 +259,8 @@ class Vm(Handle):
     def get_dirty_log(self, slot: int) -> bytearray:
         """KVM_GET_DIRTY_LOG: one bit per page of slot `slot`, bit 0 of byte 0 first, 64 pages a word.
 
-        Without manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) this clears the log.  KvmError ENOENT: no such slot, or
-        it has no KVM_MEM_LOG_DIRTY_PAGES; ENXIO: the dirty ring is in use.
+        Without manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) this clears the log.  KvmError ENOENT: no such
+        slot, or it has no KVM_MEM_LOG_DIRTY_PAGES; ENXIO: the dirty ring is in use.
         """
         entry = self._slots.slots.get(_uint("KVM_GET_DIRTY_LOG", "slot", slot))
         pages = entry.size >> 12 if entry else 64
@@ -279,8 +280,8 @@ class Vm(Handle):
     ) -> None:
         """KVM_CLEAR_DIRTY_LOG: write-protect anew the pages whose bits are set.
 
-        `first_page` must be a multiple of 64; so must `num_pages`, unless the range ends the slot (the default).  KvmError EINVAL:
-        `field` says which; ENOENT no such slot or no log; ENXIO dirty ring.
+        `first_page` must be a multiple of 64; so must `num_pages`, unless the range ends the slot (the default).
+        KvmError EINVAL: `field` says which; ENOENT no such slot or no log; ENXIO dirty ring.
         """
         call = "KVM_CLEAR_DIRTY_LOG"
         entry = self._slots.slots.get(_uint(call, "slot", slot))
@@ -329,7 +330,7 @@ class Vm(Handle):
         )
 
     def set_identity_map_addr(self, gpa: int) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR: one page at `gpa` (0: the default, 0xfffbc000).  KvmError EINVAL: there are vCPUs."""
+        """KVM_SET_IDENTITY_MAP_ADDR: one page at `gpa` (0: the default, 0xfffbc000).  EINVAL: there are vCPUs."""
         call = "KVM_SET_IDENTITY_MAP_ADDR"
         arg = ffi.new("uint64_t *", _uint(call, "gpa", gpa, 64))
         rc = lib.kvm_set_identity_map_addr(self.fd, arg)
@@ -446,10 +447,11 @@ class Vm(Handle):
         datamatch: int | None = None,
         deassign: bool = False,
     ) -> None:
-        """KVM_IOEVENTFD: signal `eventfd` when the guest writes `size` bytes (0 any, 1, 2, 4, 8) at gpa or port `address`.
+        """KVM_IOEVENTFD: signal `eventfd` when the guest writes `size` bytes (0 any, 1, 2, 4, 8) at gpa or port
+        `address`.
 
-        The write then does not exit.  `datamatch`: only writes of that value.  EEXIST: the same is registered; ENOENT: nothing to
-        deassign; ENOSPC: 1000 are registered; EINVAL: size, or address + size wraps.
+        The write then does not exit.  `datamatch`: only writes of that value.  EEXIST: the same is registered;
+        ENOENT: nothing to deassign; ENOSPC: 1000 are registered; EINVAL: size, or address + size wraps.
         """
         call = "KVM_IOEVENTFD"
         _uint(call, "size", size)
@@ -474,7 +476,7 @@ class Vm(Handle):
         self._check(call, rc, "address", address)
 
     def register_coalesced_mmio(self, address: int, size: int, *, pio: bool = False) -> None:
-        """KVM_REGISTER_COALESCED_MMIO: writes to [address, address+size) are put in the vCPUs' ring instead of exiting."""
+        """KVM_REGISTER_COALESCED_MMIO: writes to [address, address + size) go to the ring instead of exiting."""
         call = "KVM_REGISTER_COALESCED_MMIO"
         self._check(call, lib.kvm_register_coalesced_mmio(self.fd, _zone(call, address, size, pio)), "address", address)
 

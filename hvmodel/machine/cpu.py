@@ -26,7 +26,7 @@ _MAX_INSN = 15
 
 
 class Location(Value):
-    """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes found there (b"" where not in RAM)."""
+    """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes there (b"": not in RAM)."""
 
     cs: int
     rip: int
@@ -37,8 +37,8 @@ class Location(Value):
 class Cpu:
     """A vCPU of a Machine.
 
-    `kvm` is the `hvmodel.kvm.Vcpu` underneath, which this object owns.  Methods that set state first finish the instruction of the
-    last exit (Vcpu.complete_io), and raise UnansweredError where that is an unanswered read.
+    `kvm` is the `hvmodel.kvm.Vcpu` underneath, which this object owns.  Methods that set state first finish the
+    instruction of the last exit (Vcpu.complete_io), and raise UnansweredError where that is an unanswered read.
 
     Thread safety: as Vcpu.
     """
@@ -65,7 +65,7 @@ class Cpu:
 
     @property
     def regs(self) -> kvm_regs:
-        """General registers (KVM_GET_REGS); see Vcpu.regs.  At an unfinished read exit, RIP is still at the instruction."""
+        """General registers (KVM_GET_REGS); see Vcpu.regs.  At a read exit, RIP is still at the instruction."""
         return self.kvm.regs
 
     @regs.setter
@@ -88,16 +88,17 @@ class Cpu:
     def reset(self) -> None:
         """The state after reset: real mode at F000:FFF0 with the CS base 0xffff0000, that is at 0xfffffff0.
 
-        General registers 0 (RDX too, for want of a processor signature), RFLAGS 2, CR0 0x60000010; pending events dropped;
-        runnable.  FPU, MSRs and debug registers are left as they are.
+        General registers 0 (RDX too, for want of a processor signature), RFLAGS 2, CR0 0x60000010; pending events
+        dropped; runnable.  FPU, MSRs and debug registers are left as they are.
         """
         self._real(cs=0xF000, cs_base=0xFFFF0000, ip=0xFFF0, sp=0)
 
     def real_mode(self, entry: int = 0x7C00, *, cs: int | None = None, sp: int = 0x7C00) -> None:
         """Real mode at physical address `entry`, as a boot sector expects it: DS, ES, SS 0, interrupts off.
 
-        `entry`: 0 to 0x10ffef.  `cs`: the selector to reach it by; without, 0 below 0x10000, else the highest paragraph that is a
-        multiple of 0x1000 (0xFFFF above 1 MiB).  `sp`: initial SP, with SS 0.  Everything else as `reset()`.
+        `entry`: 0 to 0x10ffef.  `cs`: the selector to reach it by; without, 0 below 0x10000, else the highest
+        paragraph that is a multiple of 0x1000 (0xFFFF above 1 MiB).  `sp`: initial SP, with SS 0.  Everything else as
+        `reset()`.
 
         ArgumentError: no CS:IP of the given `cs` reaches `entry`.
         """

@@ -75,9 +75,10 @@ _host_cpuid: Any = None
 class Stop(Value):
     """Why `Machine.run()` came back.
 
-    `reason`: "halted" (HLT, and nothing can wake it), "debug-exit" (a write to the debug-exit port), "shutdown" (triple fault),
-    "timeout", "interrupted" (a kick or a signal), "internal-error", "fail-entry", "host-fault", "memory-fault", "system-event", or
-    "exit" for any other.  `exit`: the exit itself.  `report`: a crash report, where there is one.
+    `reason`: "halted" (HLT, and nothing can wake it), "debug-exit" (a write to the debug-exit port), "shutdown"
+    (triple fault), "timeout", "interrupted" (a kick or a signal), "internal-error", "fail-entry", "host-fault",
+    "memory-fault", "system-event", or "exit" for any other.
+    `exit`: the exit itself.  `report`: a crash report, where there is one.
     """
 
     reason: str
@@ -98,15 +99,15 @@ class Stop(Value):
 class Machine:
     """A virtual machine with RAM and one vCPU, and nothing else: no devices, no interrupt controller.
 
-    `ram`: size in bytes, or text such as "16M"; whole pages; one RamBlock "pc.ram" (a memfd sealed against GROW and SHRINK) at gpa 0,
-    what exceeds 3 GiB from 4 GiB on.
-    `unclaimed`: what becomes of an access to a port or address that nobody claims.  "strict": `run()` raises GuestAccessError, and
-    in `exits()` a read must be answered.  "open_bus": reads give all ones, writes are dropped.
+    `ram`: size in bytes, or text such as "16M"; whole pages; one RamBlock "pc.ram" (a memfd sealed against GROW and
+    SHRINK) at gpa 0, what exceeds 3 GiB from 4 GiB on.
+    `unclaimed`: what becomes of an access to a port or address that nobody claims.  "strict": `run()` raises
+    GuestAccessError, and in `exits()` a read must be answered.  "open_bus": reads give all ones, writes are dropped.
     `debug_exit`: a port whose writes end `run()` with Stop("debug-exit"), as QEMU's isa-debug-exit.
     `kvm`: a `Kvm` to make it from (it stays yours); default: a new one on /dev/kvm.
 
-    Raises ArgumentError and ArgumentTypeError for the arguments; HostError where /dev/kvm cannot be opened; KvmError.  Nothing is left
-    open then.
+    Raises ArgumentError and ArgumentTypeError for the arguments; HostError where /dev/kvm cannot be opened; KvmError.
+     Nothing is left open then.
 
     Thread safety: one thread at a time, but `kick()` from any.
 
@@ -251,10 +252,12 @@ class Machine:
         block.write(offset, view)
 
     def load_bios(self, image: Buffer) -> None:
-        """Firmware, as a PC maps it: its last 128 KiB at the top of the first MiB (in RAM), all of it below 4 GiB (ROM).
+        """Firmware, as a PC maps it: its last 128 KiB at the top of the first MiB (in RAM), all of it below 4 GiB
+        (ROM).
 
-        Then `vcpu.reset()` starts it at the reset vector.  An image of up to 256 KiB goes whole below 1 MiB, for there are no PAM
-        registers with which firmware could copy the rest.  ArgumentError: not a multiple of 64 KiB, above 16 MiB, or too little RAM.
+        Then `vcpu.reset()` starts it at the reset vector.  An image of up to 256 KiB goes whole below 1 MiB, for
+        there are no PAM registers with which firmware could copy the rest.  ArgumentError: not a multiple of 64 KiB,
+        above 16 MiB, or too little RAM.
         """
         view = _bytes("Machine.load_bios", "image", image)
         size = view.nbytes
@@ -279,7 +282,7 @@ class Machine:
 
     @property
     def batch(self) -> Batch:
-        """The rules by which C serves exits; made and attached at the first use.  Ranges of RAM have rules of their own."""
+        """The rules by which C serves exits; made and attached at the first use, with a rule for each range of RAM."""
         if self._batch is None:
             batch = Batch()
             for slot in self.vm.memslots.values():
@@ -314,9 +317,10 @@ class Machine:
         """Run, and yield every exit that nothing claims.
 
         The next exit is run for when the loop asks for it; a read that was yielded must be answered by then
-        (UnansweredError on a strict machine, all ones with open_bus).  `timeout` in seconds, for the whole loop: at its end comes
-        Interrupted("timeout").  The iteration ends after that, and after Shutdown, FailEntry and InternalError, which would repeat;
-        call exits() again to go on.  A kick yields Interrupted("kick"), a signal Interrupted("signal") after its Python handler.
+        (UnansweredError on a strict machine, all ones with open_bus).  `timeout` in seconds, for the whole loop: at
+        its end comes Interrupted("timeout").  The iteration ends after that, and after Shutdown, FailEntry and
+        InternalError, which would repeat; call exits() again to go on.  A kick yields Interrupted("kick"), a signal
+        Interrupted("signal") after its Python handler.
         """
         deadline = self._deadline("Machine.exits", timeout)
         if self._batch is not None:

@@ -1,0 +1,326 @@
+"""The command line: commands, options, help; every refusal becomes one sentence on stderr and a status."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import click
+
+from .. import __version__
+from ..errors import ArgumentError, BuildError, HostError, HvError, KvmError
+from .status import BAD_INPUT, BOOT, FAULT, INTERRUPTED, MISMATCH, NO_KVM, OK
+from .terminal import OutputError, ReaderGoneError, line, say, table
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal
+
+    from ..machine import Machine
+
+__all__ = ["Refusal", "hvmodel", "run"]
+
+
+class Refusal(Exception):
+    """Ends the command: the sentence in the text on stderr, and `status`."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run the command with these arguments (None: the process's own); its exit status.  See `hvmodel.cli.main`."""
+    _fill_standard_descriptors()
+    try:
+        found = hvmodel.main(arguments, prog_name="hvmodel", standalone_mode=False)
+        return found if isinstance(found, int) else OK
+    except click.Abort:
+        return INTERRUPTED
+    except click.ClickException as error:
+        # click's own words may name alternatives on lines of their own; say() makes one line of them.
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "hvmodel"
+        say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
+        return BAD_INPUT
+    except Refusal as error:
+        say(str(error))
+        return error.status
+    except BuildError as error:
+        say(str(error))
+        return NO_KVM
+    except OutputError as error:
+        say(str(error))
+        return BAD_INPUT
+    except ReaderGoneError:
+        # Whoever waits for us sees what happens to any filter; machines are closed by now.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
+
+
+def _fill_standard_descriptors() -> None:
+    # Else /dev/kvm could become descriptor 1, and take the guest's output.
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+# ---- words of the command line ----
+
+
+class _Size(click.ParamType[int]):
+    # Guest RAM: whole pages, no more than the host has.
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ..ram.block import ram_size
+
+        try:
+            return ram_size(str(value), "boot", "--ram")
+        except ArgumentError as error:
+            accepted = f"; accepted: {error.accepted}" if error.accepted else ""
+            self.fail(f"{error.value!r}{accepted}", param, ctx)
+
+
+class _Address(click.ParamType[int]):
+    name = "address"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from .boot import REAL_MODE_LAST
+
+        try:
+            address = int(str(value), 0)
+        except ValueError:
+            self.fail(f"{value!r}; accepted: a number such as 0x7C00", param, ctx)
+        if not 0 <= address <= REAL_MODE_LAST:
+            self.fail(f"{value}: real mode reaches 0 to {REAL_MODE_LAST:#x}", param, ctx)
+        return address
+
+
+class _Seconds(click.ParamType[float]):
+    name = "seconds"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(str(value))
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds <= 1e9:
+            self.fail(f"{value!r}; accepted: 0 to 1e9 seconds", param, ctx)
+        return seconds
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hvmodel", message="%(prog)s %(version)s")
+def hvmodel() -> None:
+    """The hypervisor you can import: real guests on /dev/kvm."""
+
+
+# ---- boot ----
+
+
+def _epilog() -> str:
+    width = max(len(status) for status, _ in BOOT)
+    return "\b\nExit status:\n" + "\n".join(f"  {status:<{width}}  {meaning}" for status, meaning in BOOT)
+
+
+@hvmodel.command(epilog=_epilog())
+@click.argument("file", required=False, type=click.Path())
+@click.option("--ram", type=_Size(), default="16M", show_default=True, help="Guest RAM, whole pages.")
+@click.option("--at", type=_Address(), help="Where FILE is loaded and entered.  [default: 0x7C00]")
+@click.option("--timeout", type=_Seconds(), help="End the run after so many seconds.")
+@click.option("--trace", is_flag=True, help="A line per exit, on stderr.")
+@_json
+@click.option("--bios", is_flag=True, help="FILE is firmware: mapped as on a PC, entered at the reset vector.")
+@click.option(
+    "--unclaimed",
+    type=click.Choice(["open_bus", "strict"]),
+    default="open_bus",
+    show_default=True,
+    help="Ports and addresses that nobody claims: reads give all ones and writes are dropped, or the run ends.",
+)
+def boot(
+    file: str | None,
+    ram: int,
+    at: int | None,
+    timeout: float | None,
+    trace: bool,
+    as_json: bool,
+    bios: bool,
+    unclaimed: Literal["open_bus", "strict"],
+) -> int:
+    """Boot FILE, a flat real-mode image ("-": stdin), on KVM; without FILE, a guest that says hello.
+
+    The serial port 0x3F8 of the guest is stdout.  The debug ports 0x402 and 0xE9, the trace and messages go to stderr.  With
+    --json, all of that is in the object.
+    """
+    from .boot import MAX_BIOS, Image, ImageError, Output, read_image, report
+    from .boot import run as run_guest
+
+    if bios and file is None:
+        raise click.UsageError("--bios needs a FILE")
+    if bios and at is not None:
+        raise click.UsageError("--bios: firmware is entered at the reset vector, --at has no meaning")
+    at = 0x7C00 if at is None else at
+    if not bios and at >= ram:
+        raise Refusal(BAD_INPUT, f"--at {at:#x} is outside the RAM, which ends at {ram:#x}")
+    try:
+        if file is None:
+            from .._ffi import guests
+
+            image = Image("hello", guests()["hello"])
+        elif bios:
+            image = read_image(file, MAX_BIOS, "firmware has up to")
+        else:
+            image = read_image(file, ram - at, f"RAM of {ram:#x} bytes has room from {at:#x} on for")
+    except ImageError as error:
+        raise Refusal(BAD_INPUT, str(error)) from None
+
+    with _machine(ram, unclaimed) as machine:
+        try:
+            if bios:
+                machine.load_bios(image.data)
+                machine.vcpu.reset()
+            else:
+                machine.load(at, image.data)
+                machine.vcpu.real_mode(entry=at)
+        except ArgumentError as error:
+            raise Refusal(BAD_INPUT, f"{image.name}: {error}") from None
+        output = Output(trace=trace, collect=as_json)
+        try:
+            outcome = run_guest(machine, timeout, output)
+            report(machine, outcome, output)
+        except HvError as error:
+            raise Refusal(FAULT, str(error)) from None
+        return outcome.status
+
+
+def _machine(ram: int, unclaimed: Literal["open_bus", "strict"]) -> Machine:
+    from ..kvm import Kvm
+    from ..machine import Machine
+    from .boot import DEBUG_EXIT_PORT
+
+    try:
+        kvm = Kvm()
+    except HvError as error:
+        raise Refusal(NO_KVM, str(error)) from None
+    # The machine makes its VM of it and needs it no longer.
+    with kvm:
+        try:
+            return Machine(ram, unclaimed=unclaimed, debug_exit=DEBUG_EXIT_PORT, kvm=kvm)
+        except KvmError as error:
+            raise Refusal(NO_KVM, str(error)) from None
+        except (ArgumentError, HostError) as error:
+            raise Refusal(BAD_INPUT, str(error)) from None
+
+
+# ---- info ----
+
+
+@hvmodel.command()
+@_json
+def info(as_json: bool) -> int:
+    """What KVM is here, what that means for a guest's speed, its capabilities and limits; for each no, what to do.
+
+    Exit status: 0; 8 where /dev/kvm cannot be used (the rest is told all the same).
+    """
+    from . import info as found
+
+    return found.show(found.gather(), as_json=as_json)
+
+
+# ---- ioctls ----
+
+
+@hvmodel.command()
+@_json
+def ioctls(as_json: bool) -> int:
+    """The ioctls of KVM on x86-64 that hvmodel knows, as in its table native/kvm_ioctl.tbl."""
+    from .._ffi import IOCTLS
+
+    rows = list(IOCTLS.values())
+    if as_json:
+        import json
+
+        line(json.dumps([{field: getattr(row, field) for field in row.fields()} for row in rows]))
+        return OK
+    columns = ("NR", "NAME", "REQUEST", "SCOPE", "ARGUMENT", "RETURNS", "CAPABILITY", "SECTION")
+    table(
+        columns,
+        (
+            (
+                f"{row.nr:#04x}",
+                row.name,
+                f"{row.request:#010x}",
+                ",".join(row.scope),
+                row.argument,
+                row.returns,
+                row.capability or "",
+                row.section or "",
+            )
+            for row in rows
+        ),
+    )
+    return OK
+
+
+# ---- verify ----
+
+
+@hvmodel.command()
+@click.argument("names", nargs=-1)
+@click.option("--slow", is_flag=True, help="Compare each check's larger number of cases.")
+@_json
+def verify(names: tuple[str, ...], slow: bool, as_json: bool) -> int:
+    """Compare hvmodel with the running kernel: all checks, or those with these NAMES.
+
+    \b
+    Exit status:
+      0  nothing differs
+      1  something differs
+      8  nothing could be compared on this host
+    """
+    from ..witness import registered
+    from ..witness import run as run_checks
+
+    checks = [check for check in registered() if not names or check.name in names]
+    try:
+        results = run_checks(names or None, slow=slow)
+    except ArgumentError as error:
+        raise click.BadParameter(f"{error.value}; accepted: {error.accepted}", param_hint="NAMES") from None
+    found = [(check.name, result) for check, result in zip(checks, results, strict=True)]
+    if as_json:
+        import json
+
+        line(json.dumps([{"name": name, **result.to_json()} for name, result in found]))
+    else:
+        table(
+            ("NAME", "MODEL", "WITNESS", "COMPARED", "MISMATCHES", "RESULT"),
+            (
+                (
+                    name,
+                    result.model,
+                    result.witness,
+                    result.compared,
+                    result.mismatches,
+                    "ok" if result.ok else "skipped" if result.skipped else "WRONG",
+                )
+                for name, result in found
+            ),
+        )
+        for name, result in found:
+            for text in result.examples:
+                line(f"{name}: mismatch: {text}")
+            for text in result.lacking:
+                line(f"{name}: not observed here: {text}")
+    if any(not result.ok and not result.skipped for _, result in found):
+        return MISMATCH
+    return OK if any(result.ok for _, result in found) else NO_KVM

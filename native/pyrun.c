@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+/*
+ * Vcpu.run() and Vcpu.run_until() as C methods: hvmodel._run, a second module in the same library
+ * as hvmodel._native.
+ *
+ * After an exit caches, TLB and branch predictors are cold, and what Python executes then costs
+ * several times what it costs in a loop of its own: a call through cffi, a Python frame and a
+ * dictionary look-up are half of a real-mode exit.  So the common path is here: release the GIL,
+ * hv_run_until(), and hand out the exit object that was made when the same exit word was first
+ * seen.  Everything else is Python's: Vcpu._exit(word), Vcpu._run_for(timeout).
+ */
+#if !defined(Py_GIL_DISABLED)
+#define Py_LIMITED_API 0x030b0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <string.h>
+
+#include "kvm_uapi.h"
+#include "run.h"
+
+/* Exit words that say all there is, and their exits; direct-mapped, guarded by the GIL. */
+#define NR_KNOWN 4096
+
+struct known {
+	int64_t word;
+	PyObject *exit;
+};
+
+static struct known known[NR_KNOWN];
+static PyObject *name_address, *name_exit, *name_run_for, *name_timeout;
+
+static struct known *find(int64_t word)
+{
+	uint64_t hash = (uint64_t)word * 0x9e3779b97f4a7c15u;
+
+	return &known[hash >> 52];
+}
+
+static struct hv_vcpu *vcpu_of(PyObject *self)
+{
+	PyObject *address = PyObject_GetAttr(self, name_address);
+	void *v;
+
+	if (!address)
+		return NULL;
+	v = PyLong_AsVoidPtr(address);
+	Py_DecRef(address);
+	if (!v && !PyErr_Occurred())
+		PyErr_SetString(PyExc_SystemError, "a Vcpu without a struct hv_vcpu");
+	return v;
+}
+
+static PyObject *run_until(PyObject *self, int64_t deadline)
+{
+	struct hv_vcpu *v = vcpu_of(self);
+	PyObject *number, *exit;
+	struct known *entry;
+	int64_t word;
+
+	if (!v)
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS word = hv_run_until(v, deadline);
+	Py_END_ALLOW_THREADS entry = find(word);
+	if (entry->exit && entry->word == word) {
+		Py_IncRef(entry->exit);
+		return entry->exit;
+	}
+	number = PyLong_FromLongLong(word);
+	if (!number)
+		return NULL;
+	exit = PyObject_CallMethodObjArgs(self, name_exit, number, NULL);
+	Py_DecRef(number);
+	if (exit && word >= 0 && !(word & HV_WORD_COMPLEX)) {
+		PyObject *old = entry->exit;
+
+		Py_IncRef(exit);
+		entry->word = word;
+		entry->exit = exit;
+		if (old)
+			Py_DecRef(old);
+	}
+	return exit;
+}
+
+static PyObject *method_run(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+			    PyObject *names)
+{
+	Py_ssize_t nr_names = names ? PyTuple_Size(names) : 0;
+
+	if (nargs + nr_names == 0 || (nargs + nr_names == 1 && args[0] == Py_None && !nr_names))
+		return run_until(self, 0);
+	if (nargs + nr_names > 1) {
+		PyErr_Format(PyExc_TypeError, "run() takes at most 1 argument (%zd given)",
+			     nargs + nr_names);
+		return NULL;
+	}
+	if (nr_names) {
+		int same = PyObject_RichCompareBool(PyTuple_GetItem(names, 0), name_timeout, Py_EQ);
+
+		if (same < 0)
+			return NULL;
+		if (!same) {
+			PyErr_Format(PyExc_TypeError,
+				     "run() got an unexpected keyword argument '%U'",
+				     PyTuple_GetItem(names, 0));
+			return NULL;
+		}
+	}
+	return PyObject_CallMethodObjArgs(self, name_run_for, args[0], NULL);
+}
+
+static PyObject *method_run_until(PyObject *self, PyObject *arg)
+{
+	long long deadline = PyLong_AsLongLong(arg);
+
+	if (deadline == -1 && PyErr_Occurred())
+		return NULL;
+	return run_until(self, deadline);
+}
+
+/* Descriptors refer to these for as long as the process lives. */
+static PyMethodDef vcpu_methods[] = {
+	{"run", (PyCFunction)(void (*)(void))method_run, METH_FASTCALL | METH_KEYWORDS, NULL},
+	{"run_until", method_run_until, METH_O, NULL},
+	{NULL, NULL, 0, NULL},
+};
+
+/* install(cls, docs): give class Vcpu the methods above; docs maps their names to docstrings. */
+static PyObject *install(PyObject *module, PyObject *args)
+{
+	PyObject *cls, *docs;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "O!O!:install", &PyType_Type, &cls, &PyDict_Type, &docs))
+		return NULL;
+	for (PyMethodDef *method = vcpu_methods; method->ml_name; method++) {
+		PyObject *doc = PyDict_GetItemString(docs, method->ml_name);
+		PyObject *descriptor;
+		const char *text = doc ? PyUnicode_AsUTF8AndSize(doc, NULL) : NULL;
+		int rc;
+
+		if (doc && !text)
+			return NULL;
+		if (text && !method->ml_doc)
+			method->ml_doc = strdup(text);
+		descriptor = PyDescr_NewMethod((PyTypeObject *)cls, method);
+		if (!descriptor)
+			return NULL;
+		rc = PyObject_SetAttrString(cls, method->ml_name, descriptor);
+		Py_DecRef(descriptor);
+		if (rc)
+			return NULL;
+	}
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+	{"install", install, METH_VARARGS,
+	 "install(cls, docs): give class Vcpu run() and run_until()"},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+	.m_base = PyModuleDef_HEAD_INIT,
+	.m_name = "hvmodel._run",
+	.m_size = -1,
+	.m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__run(void);
+PyMODINIT_FUNC PyInit__run(void)
+{
+	name_address = PyUnicode_InternFromString("_address");
+	name_exit = PyUnicode_InternFromString("_exit");
+	name_run_for = PyUnicode_InternFromString("_run_for");
+	name_timeout = PyUnicode_InternFromString("timeout");
+	if (!name_address || !name_exit || !name_run_for || !name_timeout)
+		return NULL;
+	return PyModule_Create(&definition);
+}
