@@ -5,15 +5,18 @@ and reads the clock when it is back, so that both sides stop at the same place; 
 next statement: a Python thread runs the vCPU and reads the clock in the statement after `run()`; the kicking thread
 either waits for it, or goes on computing in Python and so holds the GIL.
 
+Kicker and runner have a CPU each, in C as in Python, or the wake-up of the one would push the other off its CPU.
 A turn is the median of its kicks; of the turns, the least counts.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import harness
@@ -33,9 +36,9 @@ def run(pace: Pace) -> list[Result]:
     """Medians of KICKS kicks each."""
     image = assemble("spin")
     lib = harness.load_floor("kick")
-    lib.floor_kicks.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p]
+    lib.floor_kicks.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p]
     lib.floor_runner_new.restype = ctypes.c_void_p
-    lib.floor_runner_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    lib.floor_runner_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     lib.floor_runner_wait.restype = ctypes.c_int64
     lib.floor_runner_wait.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)]
     for function in (lib.floor_runner_go, lib.floor_runner_free):
@@ -43,14 +46,14 @@ def run(pace: Pace) -> list[Result]:
         function.argtypes = [ctypes.c_void_p]
     kicks = pace.count(KICKS)
 
-    with FloorVm(lib, image) as floor, Subject(image) as subject:
+    with FloorVm(lib, image) as floor, Subject(image) as subject, _two_cpus() as cpu:
         best = harness.interleave(
             pace,
             {
-                "c": lambda: _floor(lib, floor, kicks),
-                "return": lambda: _to_return(lib, subject, kicks),
-                "waiting": lambda: _to_statement(subject, kicks, _wait),
-                "computing": lambda: _to_statement(subject, kicks, _compute),
+                "c": lambda: _floor(lib, floor, cpu, kicks),
+                "return": lambda: _to_return(lib, subject, cpu, kicks),
+                "waiting": lambda: _to_statement(subject, cpu, kicks, _wait),
+                "computing": lambda: _to_statement(subject, cpu, kicks, _compute),
             },
         )
     c = best["c"]
@@ -61,19 +64,34 @@ def run(pace: Pace) -> list[Result]:
     ]
 
 
-def _floor(lib: ctypes.CDLL, floor: FloorVm, kicks: int) -> float:
+@contextmanager
+def _two_cpus() -> Iterator[int]:
+    # Keep this thread on one CPU; the other one is the runners', -1 where there is only one.
+    allowed = os.sched_getaffinity(0)
+    mine, *others = sorted(allowed)
+    if not others:
+        yield -1
+        return
+    os.sched_setaffinity(0, {mine})
+    try:
+        yield others[0]
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _floor(lib: ctypes.CDLL, floor: FloorVm, cpu: int, kicks: int) -> float:
     latencies = (ctypes.c_int64 * kicks)()
-    harness.checked(lib.floor_kicks(floor.address, kicks, GAP_NS, latencies), "the C floor of kick")
+    harness.checked(lib.floor_kicks(floor.address, cpu, kicks, GAP_NS, latencies), "the C floor of kick")
     return harness.median_us(latencies)
 
 
-def _to_return(lib: ctypes.CDLL, subject: Any, kicks: int) -> float:
+def _to_return(lib: ctypes.CDLL, subject: Any, cpu: int, kicks: int) -> float:
     from hvmodel._ffi import ffi
     from hvmodel._ffi import lib as native
 
     hv_run = int(ffi.cast("uintptr_t", ffi.addressof(native, "hv_run")))
     vcpu = int(ffi.cast("uintptr_t", subject.vcpu._c))
-    runner = lib.floor_runner_new(hv_run, vcpu, native.HV_RETRY)
+    runner = lib.floor_runner_new(hv_run, vcpu, native.HV_RETRY, cpu)
     if not runner:
         raise BenchmarkError("the thread of C that runs the vCPU cannot be made")
     latencies, rc = [], ctypes.c_int64()
@@ -94,9 +112,10 @@ def _to_return(lib: ctypes.CDLL, subject: Any, kicks: int) -> float:
 
 class _Runner(threading.Thread):
     # Runs the vCPU once for every `go`; `left_ns` is set in the statement after run().
-    def __init__(self, vcpu: Any) -> None:
+    def __init__(self, vcpu: Any, cpu: int) -> None:
         super().__init__(daemon=True)
         self.vcpu = vcpu
+        self.cpu = cpu
         self.go = threading.Semaphore(0)
         self.done = threading.Semaphore(0)
         self.left_ns = 0
@@ -104,6 +123,8 @@ class _Runner(threading.Thread):
         self.stopping = False
 
     def run(self) -> None:
+        if self.cpu >= 0:
+            os.sched_setaffinity(0, {self.cpu})
         enter, now = self.vcpu.run, time.perf_counter_ns
         while True:
             self.go.acquire()
@@ -127,12 +148,12 @@ def _compute(runner: _Runner) -> None:
     runner.done.acquire()
 
 
-def _to_statement(subject: Any, kicks: int, meanwhile: Callable[[_Runner], None]) -> float:
+def _to_statement(subject: Any, cpu: int, kicks: int, meanwhile: Callable[[_Runner], None]) -> float:
     from hvmodel.kvm import Interrupted
 
     latencies = []
     kick, now = subject.vcpu.kick, time.perf_counter_ns
-    runner = _Runner(subject.vcpu)
+    runner = _Runner(subject.vcpu, cpu)
     runner.start()
     try:
         for _ in range(kicks):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * Vcpu.run() and Vcpu.run_until() as C methods: hvmodel._run, a second module in the same library
- * as hvmodel._native.
+ * Vcpu.run(), run_until() and kick() as C methods: hvmodel._run, a second module in the same
+ * library as hvmodel._native.
  *
  * After an exit caches, TLB and branch predictors are cold, and what Python executes then costs
  * several times what it costs in a loop of its own: a call through cffi, a Python frame and a
@@ -28,7 +28,7 @@ struct known {
 };
 
 static struct known known[NR_KNOWN];
-static PyObject *name_address, *name_exit, *name_run_for, *name_timeout;
+static PyObject *name_address, *name_exit, *name_run_for, *name_timeout, *name_kick_closed;
 
 static struct known *find(int64_t word)
 {
@@ -119,10 +119,33 @@ static PyObject *method_run_until(PyObject *self, PyObject *arg)
 	return run_until(self, deadline);
 }
 
+#define KICK_WAIT_NS 1000000
+
+/* The signal is sent before anything else, with the GIL held: until it comes the guest runs on. */
+static PyObject *method_kick(PyObject *self, PyObject *unused)
+{
+	struct hv_vcpu *v = vcpu_of(self);
+	uint32_t acks;
+	int knows = 0;
+
+	(void)unused;
+	if (!v)
+		return NULL;
+	acks = __atomic_load_n(&v->acks, __ATOMIC_SEQ_CST);
+	if (hv_kick_send(v)) {
+		Py_BEGIN_ALLOW_THREADS knows = hv_kick_wait(v, acks, KICK_WAIT_NS);
+		Py_END_ALLOW_THREADS
+	} else if (!v->run) {
+		return PyObject_CallMethodObjArgs(self, name_kick_closed, NULL);
+	}
+	return PyBool_FromLong(knows);
+}
+
 /* Descriptors refer to these for as long as the process lives. */
 static PyMethodDef vcpu_methods[] = {
 	{"run", (PyCFunction)(void (*)(void))method_run, METH_FASTCALL | METH_KEYWORDS, NULL},
 	{"run_until", method_run_until, METH_O, NULL},
+	{"kick", method_kick, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -157,7 +180,7 @@ static PyObject *install(PyObject *module, PyObject *args)
 
 static PyMethodDef functions[] = {
 	{"install", install, METH_VARARGS,
-	 "install(cls, docs): give class Vcpu run() and run_until()"},
+	 "install(cls, docs): give class Vcpu run(), run_until() and kick()"},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -175,7 +198,8 @@ PyMODINIT_FUNC PyInit__run(void)
 	name_exit = PyUnicode_InternFromString("_exit");
 	name_run_for = PyUnicode_InternFromString("_run_for");
 	name_timeout = PyUnicode_InternFromString("timeout");
-	if (!name_address || !name_exit || !name_run_for || !name_timeout)
+	name_kick_closed = PyUnicode_InternFromString("_kick_closed");
+	if (!name_kick_closed || !name_address || !name_exit || !name_run_for || !name_timeout)
 		return NULL;
 	return PyModule_Create(&definition);
 }

@@ -319,7 +319,7 @@ void hv_exiting(void)
 		for (int i = 0; i < POOL_CHUNK; i++)
 			if (__atomic_load_n(&c->vcpus[i].state, __ATOMIC_SEQ_CST) ==
 			    HV_STATE_RUNNING)
-				hv_kick(&c->vcpus[i], 0);
+				hv_kick_send(&c->vcpus[i]);
 }
 
 /* Before a thread's first run. */
@@ -398,7 +398,7 @@ int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
 			return 0;
 		if (hv_monotonic_ns() > until)
 			return -EBUSY;
-		hv_kick(v, 0);
+		hv_kick_send(v);
 		nanosleep(&nap, NULL);
 		idle = HV_STATE_IDLE;
 	}
@@ -417,26 +417,33 @@ int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
 #define KICK_SPIN_NS 200000
 
 /*
- * Make the running or next hv_run() answer HV_KICKED, once.  A kick of a running vCPU waits up to
- * wait_ns until the runner's Python code has taken note (by storing kicks in acks, with the GIL
- * held): the caller has given up the GIL, and would win it back before the runner gets to it.  1:
- * the runner knows; 0: pending, or the vCPU was not running.
+ * Make the running or next hv_run() answer HV_KICKED, once.  1: a runner was signalled; 0: the vCPU
+ * is not running, and its next run will see the kick.  Short: one system call, for callers that
+ * hold the GIL.
  */
-int hv_kick(struct hv_vcpu *v, int64_t wait_ns)
+int hv_kick_send(struct hv_vcpu *v)
 {
-	uint32_t acks = __atomic_load_n(&v->acks, __ATOMIC_SEQ_CST);
-	struct timespec nap = {.tv_nsec = 50000};
-	int64_t begin, now;
-
 	__atomic_store_n(&v->kick, 1, __ATOMIC_SEQ_CST);
 	if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) != HV_STATE_RUNNING)
 		return 0;
 	signal_runner(v);
-	begin = hv_monotonic_ns();
+	return 1;
+}
+
+/*
+ * Wait up to wait_ns, without the GIL, until the runner's Python code has taken note of the kick
+ * (by storing kicks in acks, with the GIL held): a kicker that goes on computing would win the GIL
+ * before the runner gets it.  `acks` is what hv_vcpu.acks was before the kick was sent.  1: the
+ * runner knows; 0: not yet, or it left with an exit of its own and the kick waits for the next run.
+ */
+int hv_kick_wait(struct hv_vcpu *v, uint32_t acks, int64_t wait_ns)
+{
+	struct timespec nap = {.tv_nsec = 50000};
+	int64_t begin = hv_monotonic_ns(), now;
+
 	for (now = begin; now - begin < wait_ns; now = hv_monotonic_ns()) {
 		if (__atomic_load_n(&v->acks, __ATOMIC_SEQ_CST) != acks)
 			return 1;
-		/* It has left with an exit of its own: the kick waits for the next run. */
 		if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) != HV_STATE_RUNNING &&
 		    __atomic_load_n(&v->kick, __ATOMIC_SEQ_CST))
 			return 0;

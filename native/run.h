@@ -1,6 +1,6 @@
 /*
  * What Python sees of the run loop (run.c): one struct hv_vcpu per vCPU, entered with hv_run(),
- * interrupted with hv_kick(), and with an hv_batch attached, exits served in C until one needs
+ * interrupted with hv_kick_send(), and with an hv_batch attached, exits served in C until one needs
  * Python.
  *
  * hv_run() answers with one 64-bit word.  A word >= 0 is an exit:
@@ -25,12 +25,13 @@
 #define HV_CLOSED     -5002 /* closed, or never opened */
 #define HV_FORKED     -5003 /* made by the parent of this process */
 #define HV_UNANSWERED -5004 /* a read exit waits for its data */
-#define HV_KICKED     -5005 /* hv_kick() */
+#define HV_KICKED     -5005 /* hv_kick_send() */
 #define HV_SIGNALED   -5006 /* a signal that the process handles came in */
 #define HV_TIMEOUT    -5007 /* the deadline has passed */
 #define HV_RETRY      -5008 /* nothing of ours: let Python look at its signals and enter again */
-#define HV_RING_FULL  -5009 /* a capture ring has no room for another exit: drain it, enter again \
-			     */
+#define HV_RING_FULL                                                                \
+	-5009 /* a capture ring has no room for another exit: drain it, enter again \
+	       */
 #define HV_RECORDS_FULL -5010 /* the record buffer is full */
 #define HV_LIMIT	-5011 /* max_exits were served */
 #define HV_EXITING	-5012 /* the interpreter is exiting: no vCPU is entered any more */
@@ -129,7 +130,8 @@ int64_t hv_complete(struct hv_vcpu *v);
 int hv_answer(struct hv_vcpu *v, uint64_t value);
 int hv_answer_bytes(struct hv_vcpu *v, const uint8_t *data, uint64_t size);
 int hv_fail_msr(struct hv_vcpu *v);
-int hv_kick(struct hv_vcpu *v, int64_t wait_ns);
+int hv_kick_send(struct hv_vcpu *v);
+int hv_kick_wait(struct hv_vcpu *v, uint32_t acks, int64_t wait_ns);
 void hv_ack_signals(struct hv_vcpu *v);
 int hv_chain_signals(void);
 void hv_exiting(void);

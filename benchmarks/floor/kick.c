@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -20,6 +21,7 @@ struct floor_runner {
 	int64_t (*enter)(void *vcpu, int64_t timeout_ns);
 	void *vcpu;
 	int64_t again;
+	int cpu; /* where the thread runs; negative: anywhere */
 	pthread_t thread;
 	sem_t go;
 	sem_t done;
@@ -56,7 +58,13 @@ static int64_t enter_floor(void *vcpu, int64_t timeout_ns)
 static void *run(void *data)
 {
 	struct floor_runner *r = data;
+	cpu_set_t cpus;
 
+	if (r->cpu >= 0) {
+		CPU_ZERO(&cpus);
+		CPU_SET(r->cpu, &cpus);
+		sched_setaffinity(0, sizeof(cpus), &cpus);
+	}
 	for (;;) {
 		while (sem_wait(&r->go) < 0)
 			; /* a signal that came too late for the guest */
@@ -74,7 +82,8 @@ static void *run(void *data)
  * `enter` NULL: `vcpu` is a struct floor_vm.  Where enter() answers `again`, it is called again.
  * NULL and errno when it fails.
  */
-struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *vcpu, int64_t again)
+struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *vcpu, int64_t again,
+				      int cpu)
 {
 	struct sigaction wake = {.sa_handler = nothing};
 	struct floor_runner *r = calloc(1, sizeof(*r));
@@ -87,6 +96,7 @@ struct floor_runner *floor_runner_new(int64_t (*enter)(void *, int64_t), void *v
 	r->enter = enter ? enter : enter_floor;
 	r->vcpu = vcpu;
 	r->again = again;
+	r->cpu = cpu;
 	sem_init(&r->go, 0, 0);
 	sem_init(&r->done, 0, 0);
 	rc = pthread_create(&r->thread, NULL, run, r);
@@ -125,10 +135,10 @@ void floor_runner_free(struct floor_runner *r)
 
 /* `nr` kicks, each after the guest has run for `gap_ns`: from the call to KVM_RUN's return, in ns.
  * 0 or -errno. */
-int floor_kicks(struct floor_vm *v, uint64_t nr, int64_t gap_ns, int64_t *latency_ns)
+int floor_kicks(struct floor_vm *v, int cpu, uint64_t nr, int64_t gap_ns, int64_t *latency_ns)
 {
 	struct timespec gap = {.tv_sec = gap_ns / 1000000000, .tv_nsec = gap_ns % 1000000000};
-	struct floor_runner *r = floor_runner_new(NULL, v, 0);
+	struct floor_runner *r = floor_runner_new(NULL, v, 0, cpu);
 	int64_t rc = -EINTR;
 
 	if (!r)

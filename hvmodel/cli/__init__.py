@@ -18,8 +18,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `hvmodel` with these arguments (default: the process's own); its exit status.
 
-    Never raises but for a bug: a refusal is a sentence on stderr and a status.  Where the reader of its output has gone,
-    the process ends by SIGPIPE.  Thread safety: the main thread, once.
+    Never raises but for a bug: a refusal is a sentence on stderr and a status.  Where the reader of its output has
+    gone, the process ends by SIGPIPE.  Thread safety: the main thread, once.
     """
     try:
         from . import commands

@@ -1,7 +1,7 @@
 """A guest's run, as `hvmodel boot` shows it: its output while it runs, its exits, and how it ended.
 
-The guest runs in slices.  C serves the console and records the exits meanwhile (hvmodel.kvm.batch); between two slices what
-came is written out.  So neither output nor trace costs Python per exit, and every exit is recorded once, in order.
+The guest runs in slices.  C serves the console and records the exits meanwhile (hvmodel.kvm.batch); between two slices
+what came is written out.  So neither output nor trace costs Python per exit, and every exit is recorded once, in order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ..kvm.batch import ExitRecord
-    from ..machine import Machine, Stop
+    from ..machine import Console, Machine, Stop
 
 __all__ = [
     "DEBUG_EXIT_PORT",
@@ -51,10 +51,11 @@ _STATUS_OF = {"halted": HALTED, "shutdown": SHUTDOWN, "timeout": TIMEOUT, "inter
 
 # Exit reasons that x86 has, and their numbers from the ABI header.
 _NAMES = (
-    "UNKNOWN EXCEPTION IO HYPERCALL DEBUG HLT MMIO IRQ_WINDOW_OPEN SHUTDOWN FAIL_ENTRY INTR SET_TPR TPR_ACCESS NMI "
-    "INTERNAL_ERROR SYSTEM_EVENT IOAPIC_EOI HYPERV X86_RDMSR X86_WRMSR DIRTY_RING_FULL AP_RESET_HOLD X86_BUS_LOCK XEN "
-    "NOTIFY MEMORY_FAULT TDX"
-).split()
+    "UNKNOWN", "EXCEPTION", "IO", "HYPERCALL", "DEBUG", "HLT", "MMIO", "IRQ_WINDOW_OPEN", "SHUTDOWN",
+    "FAIL_ENTRY", "INTR", "SET_TPR", "TPR_ACCESS", "NMI", "INTERNAL_ERROR", "SYSTEM_EVENT", "IOAPIC_EOI",
+    "HYPERV", "X86_RDMSR", "X86_WRMSR", "DIRTY_RING_FULL", "AP_RESET_HOLD", "X86_BUS_LOCK", "XEN", "NOTIFY",
+    "MEMORY_FAULT", "TDX",
+)  # fmt: skip
 _REASONS: dict[int, str] = {getattr(lib, f"KVM_EXIT_{name}"): name for name in _NAMES}
 _SPACES = {"IO": "port", "MMIO": "gpa", "X86_RDMSR": "msr", "X86_WRMSR": "msr"}
 
@@ -124,17 +125,19 @@ class Output:
         self.serial = bytearray()
         self.debug = bytearray()
         self.records: list[ExitRecord] = []
-        self.start_ns = time.monotonic_ns()
+        self.start_ns = 0
+        self.console: Console
 
     def prepare(self, machine: Machine) -> None:
         """Claim the console, and begin the record of exits where a trace is wanted."""
-        if machine.console and self.trace:
+        self.console = machine.console  # claimed by this
+        if self.trace:
             machine.batch.record(_RECORDS, timestamps=True)
         self.start_ns = time.monotonic_ns()
 
     def drain(self, machine: Machine) -> None:
         """Take what came since the last call."""
-        serial, debug = machine.console.serial.read(), machine.console.debug.read()
+        serial, debug = self.console.serial.read(), self.console.debug.read()
         records = list(iter_records(bytes(machine.batch.take_records()))) if self.trace else []
         if self.collect:
             self.serial += serial

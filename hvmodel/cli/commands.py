@@ -159,8 +159,8 @@ def boot(
 ) -> int:
     """Boot FILE, a flat real-mode image ("-": stdin), on KVM; without FILE, a guest that says hello.
 
-    The serial port 0x3F8 of the guest is stdout.  The debug ports 0x402 and 0xE9, the trace and messages go to stderr.  With
-    --json, all of that is in the object.
+    The serial port 0x3F8 of the guest is stdout.  The debug ports 0x402 and 0xE9, the trace and messages go to
+    stderr.  With --json, all of that is in the object.
     """
     from .boot import MAX_BIOS, Image, ImageError, Output, read_image, report
     from .boot import run as run_guest
@@ -232,9 +232,9 @@ def info(as_json: bool) -> int:
 
     Exit status: 0; 8 where /dev/kvm cannot be used (the rest is told all the same).
     """
-    from . import info as found
+    from .info import gather, show
 
-    return found.show(found.gather(), as_json=as_json)
+    return show(gather(), as_json=as_json)
 
 
 # ---- ioctls ----
@@ -288,6 +288,7 @@ def verify(names: tuple[str, ...], slow: bool, as_json: bool) -> int:
       1  something differs
       8  nothing could be compared on this host
     """
+    from .. import _ffi  # noqa: F401 - a missing extension ends the command, not each check
     from ..witness import registered
     from ..witness import run as run_checks
 

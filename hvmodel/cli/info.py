@@ -30,18 +30,23 @@ __all__ = ["MODES", "gather", "show"]
 
 _PARAMETERS = "/sys/module/{module}/parameters/{name}"
 
-# Of each vendor module: the parameters that matter, and what they mean when they are on and off.
+# Of each vendor module: the parameters that matter, and what they mean when they are on and when off.
+_SHADOW = "KVM shadows the guest's page tables, and their changes cost exits"
 _VENDORS = {
     "kvm_intel": (
-        ("ept", "EPT: the processor walks the guest's page tables", "no EPT: KVM shadows the guest's page tables, and every change of them costs an exit; load kvm_intel with ept=1"),
-        ("unrestricted_guest", "real mode runs on the processor", "real mode is partly emulated; load kvm_intel with unrestricted_guest=1"),
+        ("ept", "EPT: the processor walks the guest's page tables", f"no EPT: {_SHADOW}; load kvm_intel with ept=1"),
+        (
+            "unrestricted_guest",
+            "real mode runs on the processor",
+            "real mode is partly emulated; load kvm_intel with unrestricted_guest=1",
+        ),
         ("nested", "guests can run guests", "guests cannot run guests; load kvm_intel with nested=1"),
     ),
     "kvm_amd": (
-        ("npt", "NPT: the processor walks the guest's page tables", "no NPT: KVM shadows the guest's page tables, and every change of them costs an exit; load kvm_amd with npt=1"),
+        ("npt", "NPT: the processor walks the guest's page tables", f"no NPT: {_SHADOW}; load kvm_amd with npt=1"),
         ("nested", "guests can run guests", "guests cannot run guests; load kvm_amd with nested=1"),
     ),
-}  # fmt: skip
+}
 _KINDS = {
     "kvm_intel": "hardware virtualization by VMX",
     "kvm_amd": "hardware virtualization by SVM",
@@ -70,19 +75,27 @@ _NO = {
     "X86_NOTIFY_VMEXIT": "needs a processor with notify VM exit",
     "PMU_CAPABILITY": "no virtual PMU: load kvm with enable_pmu=1, where the host has a PMU of its own",
 }
-_ELSEWHERE = (
-    "S390_",
-    "PPC_",
-    "ARM_",
-    "MIPS_",
-    "RISCV_",
-    "SPAPR_",
-    "IRQ_MPIC",
-    "IRQ_XICS",
-    "ONE_REG",
-    "SW_TLB",
-    "HALT_",
+# Of other architectures; all share one number space.
+# By prefix, for those without a line above.
+_NO_FAMILY = (
+    ("HYPERV", "needs a kernel with CONFIG_KVM_HYPERV and a vendor module that does it"),
+    ("SYS_HYPERV", "needs a kernel with CONFIG_KVM_HYPERV and a vendor module that does it"),
+    ("XEN", "needs a kernel with CONFIG_KVM_XEN"),
+    ("SGX", "needs a processor and a kernel with SGX"),
+    ("IOMMU", "gone from Linux: assign devices with VFIO"),
+    ("ASSIGN_DEV", "gone from Linux: assign devices with VFIO"),
+    ("PCI_2_3", "gone from Linux: assign devices with VFIO"),
+    ("PV_MMU", "gone from Linux"),
+    ("MANUAL_DIRTY_LOG_PROTECT", "gone from Linux: MANUAL_DIRTY_LOG_PROTECT2"),
+    ("MULTI_ADDRESS_SPACE", "comes with X86_SMM"),
+    ("VM_TSC_CONTROL", "as TSC_CONTROL"),
+    ("", "not in this kernel, or not with this vendor module"),
 )
+# Of other architectures; all share one number space.
+_ELSEWHERE = (
+    "ARM_", "COUNTER_OFFSET", "GUEST_DEBUG_HW", "IRQ_MPIC", "IRQ_XICS", "MIPS_", "MSI_DEVID", "ONE_REG",
+    "PPC_", "RISCV_", "S390_", "SPAPR_", "SW_TLB",
+)  # fmt: skip
 _LIMITS = {
     "NR_VCPUS": "vCPUs per VM, recommended",
     "MAX_VCPUS": "vCPUs per VM, at most",
@@ -161,13 +174,9 @@ def _ask(kvm: Kvm, found: dict[str, Any]) -> None:
     from ..kvm import Cap
     from ..ram.block import host_memory
 
-    capabilities = {
-        cap.name: kvm.check_extension(cap)
-        for cap in Cap
-        if not cap.name.startswith(_ELSEWHERE) or cap.name == "HALT_POLL"
-    }
+    capabilities = {cap.name: kvm.check_extension(cap) for cap in Cap if not cap.name.startswith(_ELSEWHERE)}
     found["capabilities"] = capabilities
-    found["advice"] = {name: what for name, what in _NO.items() if capabilities.get(name) == 0}
+    found["advice"] = {name: _advise(name) for name, value in capabilities.items() if not value}
     found["limits"] = {name: capabilities[name] for name in _LIMITS}
     found["limits"] |= {"vcpu_mmap_size": kvm.vcpu_mmap_size, "host_memory": host_memory()}
     for entry in kvm.supported_cpuid():
@@ -179,6 +188,10 @@ def _ask(kvm: Kvm, found: dict[str, Any]) -> None:
         if emulated is not None:
             how = "is emulated by KVM, instruction by instruction" if emulated else "runs on the processor"
             found["meaning"].append(f"{mode}: {how}")
+
+
+def _advise(name: str) -> str:
+    return _NO.get(name) or next(what for prefix, what in _NO_FAMILY if name.startswith(prefix))
 
 
 def _is_emulated(kvm: Kvm, mode: str) -> bool | None:

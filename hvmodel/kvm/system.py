@@ -50,15 +50,20 @@ def _explain_open(path: str, err: int) -> str:
             "in a virtual machine, ask for nested virtualization"
         )
     if err in (errno.EACCES, errno.EPERM):
-        group = ""
         try:
-            gid = os.stat(path).st_gid
+            status = os.stat(path)
+        except OSError:
+            return "no permission"
+        if status.st_mode & 0o060 != 0o060:
+            cure = f"as root `chgrp kvm {path}; chmod 660 {path}`, and join group kvm"
+            return f"no permission: only its owner may use it: {cure}"
+        try:
             import grp
 
-            group = grp.getgrgid(gid).gr_name
-        except (OSError, KeyError):
-            pass
-        return f"no permission: join group {group or 'kvm'} (usermod -aG {group or 'kvm'} $USER, then log in again)"
+            group = grp.getgrgid(status.st_gid).gr_name
+        except (ImportError, KeyError):
+            group = "kvm"
+        return f"no permission: join group {group} (usermod -aG {group} $USER, then log in again)"
     if err in (errno.ENODEV, errno.ENXIO):
         return "no vendor module serves the device: load kvm_intel or kvm_amd"
     if err == errno.EBUSY:
@@ -148,6 +153,8 @@ class Kvm(Handle):
         if not 0 <= type < 1 << 64:
             raise ArgumentError("KVM_CREATE_VM", "type", type, "a KVM_X86_*_VM number")
         fd = lib.kvm_create_vm(self.fd, type)
+        while fd == -errno.EINTR:  # any pending signal, for it takes all locks of this process's memory; as QEMU does
+            fd = lib.kvm_create_vm(self.fd, type)
         if fd < 0:
             types = max(self.check_extension(lib.KVM_CAP_VM_TYPES), 1)
             known = [bit for bit in range(32) if types >> bit & 1]

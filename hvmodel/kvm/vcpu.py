@@ -265,9 +265,13 @@ class Vcpu(Handle):
         vCPU is not running, or left with an exit of its own.  Thread safety: any thread.
         """
         c = self._c
-        if c is _CLOSED:
-            raise ClosedError("Vcpu.kick", repr(self))
-        return lib.hv_kick(c, _KICK_WAIT_NS) == 1
+        acks = c.acks
+        if not lib.hv_kick_send(c):
+            return self._kick_closed() if c is _CLOSED else False
+        return lib.hv_kick_wait(c, acks, _KICK_WAIT_NS) == 1
+
+    def _kick_closed(self) -> bool:
+        raise ClosedError("Vcpu.kick", repr(self))
 
     def answer(self, data: int | bytes) -> None:
         """Answer the read exit at hand: IoIn, MmioRead, RdMsr, HostFault of a read; or a Hypercall's result.
@@ -475,11 +479,8 @@ def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
     return values
 
 
-# run() and run_until() as C methods that skip Python for an exit seen before; what stands above says what they do.
+# run(), run_until() and kick() as C methods, for the common path; what stands above says what they do.
+_SIGNATURES = {"run": "($self, /, timeout=None)", "run_until": "($self, deadline_ns, /)", "kick": "($self, /)"}
 install_run(
-    Vcpu,
-    {
-        "run": f"run($self, /, timeout=None)\n--\n\n{Vcpu.run.__doc__}",
-        "run_until": f"run_until($self, deadline_ns, /)\n--\n\n{Vcpu.run_until.__doc__}",
-    },
+    Vcpu, {name: f"{name}{text}\n--\n\n{getattr(Vcpu, name).__doc__}" for name, text in _SIGNATURES.items()}
 )

@@ -400,10 +400,11 @@ class Machine:
         raise HvError("Machine.run: the exits ended without a reason")  # pragma: no cover
 
     def _claim_debug_exit(self) -> None:
-        # Under open bus C would drop the write.
-        port = self.debug_exit
-        if port is not None and not any(rule[0] <= port < rule[1] for rule in self.batch._rules["pio"]):
-            self.batch.pio(port, 1, read="ignore", write="stop")
+        # Under open bus C would drop the write.  Guests write up to 4 bytes, as QEMU's iosize=4 has them.
+        port, rules = self.debug_exit, self.batch._rules["pio"]
+        if port is not None and not any(rule[0] <= port < rule[1] for rule in rules):
+            end = min(port + 4, 1 << 16, *(rule[0] for rule in rules if rule[0] > port))
+            self.batch.pio(port, end - port, read="ignore", write="stop")
 
     def _unclaimed_error(self, exit: IoIn | IoOut | MmioRead | MmioWrite) -> GuestAccessError:
         where = self.vcpu.location()

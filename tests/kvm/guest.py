@@ -19,7 +19,8 @@ _STACK = 0x8000
 class Guest:
     """`kvm`, `vm`, `vcpu` and `ram` (a Mapping at gpa 0, slot 0, `flags`); real mode, CS:IP 0:CODE, interrupts off.
 
-    `before` is called with the VM before the vCPU is made, for what must come first.  With `irqchip`, HLT does not exit.
+    `before` is called with the VM before the vCPU is made, for what must come first.  With `irqchip`, HLT does not
+    exit.
     """
 
     def __init__(

@@ -2,13 +2,14 @@
 
 A test says which rows it proves; a row that several kinds of fd take counts once per kind:
 
-    @exercises("KVM_GET_REGS", "KVM_SET_REGS")               issues them, with success
-    @exercises("KVM_SMI", cap="X86_SMM")                     the same where CHECK_EXTENSION has it, else excused by that
-    @exercises("KVM_CREATE_DEVICE", unless=no_vfio)          the same, where no_vfio(kvm) returns no reason
-    @excused("KVM_GET_NR_MMU_PAGES")                         asserts why no kernel like this has it, and returns the reason
+    @exercises("KVM_GET_REGS", "KVM_SET_REGS")           issues them, with success
+    @exercises("KVM_SMI", cap="X86_SMM")                 the same where CHECK_EXTENSION has it, else excused by that
+    @exercises("KVM_CREATE_DEVICE", unless=no_vfio)      the same, where no_vfio(kvm) returns no reason
+    @excused("KVM_SET_MEMORY_REGION")                    asserts why it cannot be issued here, and returns the reason
 
-Saying so is not enough: while a test runs, every call that the binding makes of the C wrappers is noted with the kind of its
-fd and its answer, and an `exercises` test fails unless each of its rows was issued on such an fd and answered with success.
+Saying so is not enough: while a test runs, every call that the binding makes of the C wrappers is noted with the kind
+of its fd and its answer, and an `exercises` test fails unless each of its rows was issued on such an fd and answered
+with success.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from hvmodel import _ffi
 from hvmodel._ffi import IOCTLS, ffi
-from hvmodel.kvm import Device, Kvm, StructItem, Vcpu, Vm, batch, device, exits, handle, memslots, system, vcpu, vm
+from hvmodel.kvm import Device, Kvm, StructItem, Vcpu, Vm, batch, device, exits, handle, memslots, system
+from hvmodel.kvm import vcpu as vcpu_module
+from hvmodel.kvm import vm as vm_module
 from tests.need import need
 
 __all__ = ["REGISTRY", "Calls", "Registry", "excused", "exercises", "recording", "scope_of", "vm_with"]
 
 _BY_FUNCTION = {name.lower(): name for name in IOCTLS}
-_MODULES = (handle, system, vm, vcpu, device, memslots, batch, exits)
+_MODULES = (handle, system, vm_module, vcpu_module, device, memslots, batch, exits)
 
 
 def scope_of(fd: int) -> str:
@@ -70,13 +73,14 @@ class Calls:
 
         return noted
 
-    def noting_run(self, call: Callable[..., int]) -> Callable[..., int]:
-        """`call`, which is hv_run() or hv_run_until(), noted as KVM_RUN."""
+    def noting_run(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, which is Vcpu.run or run_until, noted as KVM_RUN; an interruption is no success of it."""
 
-        def noted(c: Any, *args: Any) -> int:
-            word = call(c, *args)
-            self.made.append(("KVM_RUN", scope_of(c.fd), word))
-            return word
+        def noted(vcpu: Vcpu, *args: Any, **named: Any) -> Any:
+            exit = run(vcpu, *args, **named)
+            rc = -errno.EINTR if isinstance(exit, exits.Interrupted | exits.Again | exits.HostFault) else 0
+            self.made.append(("KVM_RUN", scope_of(vcpu.fd), rc))
+            return exit
 
         return noted
 
@@ -91,19 +95,16 @@ def recording() -> Iterator[Calls]:
     """Note the ioctls that hvmodel.kvm issues in the body, by methods, descriptors, ioctl() and run()."""
     calls = Calls(handle.lib)  # where decorators are stacked, that is the outer one's Calls
     items = [item for kind in (Kvm, Vm, Vcpu, Device) for item in vars(kind).values() if isinstance(item, StructItem)]
-    with mock.patch.multiple(vcpu, _run=calls.noting_run(vcpu._run), _run_until=calls.noting_run(vcpu._run_until)):
-        patches = [mock.patch.object(module, "lib", calls) for module in _MODULES if hasattr(module, "lib")]
-        for item in items:
-            for name, slot in ((item.get, "_get"), (item.put, "_put")):
-                if name is not None:
-                    patches.append(mock.patch.object(item, slot, calls.noting(name, getattr(item, slot))))
+    patches = [mock.patch.object(module, "lib", calls) for module in _MODULES if hasattr(module, "lib")]
+    patches += [mock.patch.object(Vcpu, name, calls.noting_run(getattr(Vcpu, name))) for name in ("run", "run_until")]
+    for item in items:
+        for ioctl, slot in ((item.get, "_get"), (item.put, "_put")):
+            if ioctl is not None:
+                patches.append(mock.patch.object(item, slot, calls.noting(ioctl, getattr(item, slot))))
+    with ExitStack() as stack:
         for patch in patches:
-            patch.start()
-        try:
-            yield calls
-        finally:
-            for patch in reversed(patches):
-                patch.stop()
+            stack.enter_context(patch)
+        yield calls
 
 
 class Registry:
@@ -132,7 +133,11 @@ class Registry:
         return [(name, scope) for name, row in IOCTLS.items() for scope in row.scope if (name, scope) not in self.tests]
 
     def exercises(
-        self, *names: str, on: str | None = None, cap: str | None = None, unless: Callable[[Kvm], str | None] | None = None
+        self,
+        *names: str,
+        on: str | None = None,
+        cap: str | None = None,
+        unless: Callable[[Kvm], str | None] | None = None,
     ) -> Callable[..., Any]:
         """See the module."""
 
@@ -218,7 +223,8 @@ def answer(name: str, scope: str) -> str:
         elif kind == "ulong":
             rc = call(owner.fd, 0)
         else:
-            rc = call(owner.fd, ffi.new(f"struct {detail} *" if kind == "struct" else f"{detail} *"))
+            ctype = {"ptr": f"{detail} *", "struct": f"struct {detail} *"}[kind].replace("void", "uint64_t")
+            rc = call(owner.fd, ffi.new(ctype))
         if rc >= 0 and IOCTLS[name].returns == "fd":
             os.close(rc)
     return errno.errorcode[-rc] if rc < 0 else f"answers {rc}"
