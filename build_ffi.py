@@ -244,7 +244,13 @@ def ioctl_header() -> str:
             f"#define {row.name} {row.macro}",
             f"static inline {prototype(row)}",
             "{",
-            f"\tint r = ioctl(fd, {row.name}, {argument});",
+            # KVM_CREATE_VM gives up at any pending signal; only to KVM_RUN an interruption means something.
+            *(
+                [f"\tint r = ioctl(fd, {row.name}, {argument});", ""]
+                if row.name == "KVM_RUN"
+                else ["\tint r;", "", "\tdo", f"\t\tr = ioctl(fd, {row.name}, {argument});"]
+                + ["\twhile (r < 0 && errno == EINTR);"]
+            ),
             "\treturn r < 0 ? -errno : r;",
             "}",
             "",

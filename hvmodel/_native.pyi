@@ -73,6 +73,7 @@ class hv_batch(Struct):
     unclaimed_pio: int
     unclaimed_mmio: int
     max_exits: int
+    served: int
     records: hv_record
     records_capacity: int
     nr_records: int
@@ -143,6 +144,8 @@ class hv_vcpu(Struct):
     deadline: int
     run: kvm_run
     run_size: int
+    exit: kvm_run
+    exit_size: int
     batch: hv_batch
     next_free: hv_vcpu
 
@@ -1931,9 +1934,11 @@ class Lib:
     HV_SIGNALED: Final[int]
     HV_TIMEOUT: Final[int]
     HV_RETRY: Final[int]
+    HV_RING_FULL: Final[int]
     HV_RECORDS_FULL: Final[int]
     HV_LIMIT: Final[int]
     HV_EXITING: Final[int]
+    HV_NO_TIMER: Final[int]
     HV_STOP: Final[int]
     HV_IGNORE: Final[int]
     HV_CONSTANT: Final[int]

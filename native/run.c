@@ -63,8 +63,8 @@ struct hv_runner {
 	int64_t armed;		 /* when the timer fires; 0: not armed */
 	timer_t timer;
 	bool has_timer;
-	bool beat;     /* the timer fired before a deadline */
-	bool chaining; /* inside on_chained() */
+	bool beat;	   /* the timer fired before a deadline */
+	uint32_t chaining; /* inside on_chained() for these of `chained` */
 };
 
 /* initial-exec: a signal handler must not be the one to allocate thread-local storage. */
@@ -142,7 +142,7 @@ static void pool_give(struct hv_vcpu *v)
 
 static void signal_runner(struct hv_vcpu *v)
 {
-	pid_t tid = __atomic_load_n(&v->tid, __ATOMIC_RELAXED);
+	pid_t tid = __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST);
 
 	/* The thread may have ended, or its number be another thread's now: the handler there does
 	 * nothing. */
@@ -156,8 +156,11 @@ static void arm_timer(int64_t deadline)
 		.it_value = {.tv_sec = deadline / 1000000000, .tv_nsec = deadline % 1000000000},
 	};
 
-	if (!timer_settime(runner.timer, TIMER_ABSTIME, &at, NULL))
-		runner.armed = deadline;
+	/* Before the call: its handler, which says that it fired, may have run when that returns.
+	 */
+	runner.armed = deadline;
+	if (timer_settime(runner.timer, TIMER_ABSTIME, &at, NULL))
+		runner.armed = 0;
 }
 
 static int64_t next_beat(int64_t now, int64_t deadline)
@@ -195,38 +198,46 @@ static void on_kick(int signal, siginfo_t *info, void *context)
 static const int chained[] = {SIGINT, SIGTERM, SIGHUP, SIGALRM, SIGUSR1, SIGUSR2};
 #define NR_CHAINED (sizeof(chained) / sizeof(chained[0]))
 static struct sigaction behind[NR_CHAINED];
+static struct sigaction further[NR_CHAINED]; /* behind us when `behind` was put before us */
 static uint32_t nr_signals;
+
+static void call_handler(const struct sigaction *action, int signal, siginfo_t *info, void *context)
+{
+	if (action->sa_flags & SA_SIGINFO)
+		action->sa_sigaction(signal, info, context);
+	else if (action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN)
+		action->sa_handler(signal);
+}
 
 static void on_chained(int signal, siginfo_t *info, void *context)
 {
 	int saved = errno;
+	size_t i = 0;
 	pid_t tid;
 
-	if (runner.chaining)
-		return; /* the handler behind us has us behind it */
-	runner.chaining = true;
-	for (size_t i = 0; i < NR_CHAINED; i++) {
-		if (chained[i] != signal)
-			continue;
-		if (behind[i].sa_flags & SA_SIGINFO)
-			behind[i].sa_sigaction(signal, info, context);
-		else
-			behind[i].sa_handler(signal);
+	while (i < NR_CHAINED - 1 && chained[i] != signal)
+		i++;
+	if (runner.chaining & 1u << i) {
+		/* The handler behind us passes the signal on to the one before it: us. */
+		call_handler(&further[i], signal, info, context);
+		return;
 	}
+	runner.chaining |= 1u << i;
+	call_handler(&behind[i], signal, info, context);
 	/* After the handler: whoever sees the new count may rely on Python's own flag being set. */
 	__atomic_fetch_add(&nr_signals, 1, __ATOMIC_SEQ_CST);
 	if (runner.current)
 		runner.current->run->immediate_exit = 1;
 	tid = (pid_t)syscall(SYS_gettid);
 	for (struct pool_chunk *c = __atomic_load_n(&pool, __ATOMIC_ACQUIRE); c; c = c->next)
-		for (int i = 0; i < POOL_CHUNK; i++) {
-			struct hv_vcpu *v = &c->vcpus[i];
+		for (int at = 0; at < POOL_CHUNK; at++) {
+			struct hv_vcpu *v = &c->vcpus[at];
 
 			if (__atomic_load_n(&v->state, __ATOMIC_SEQ_CST) == HV_STATE_RUNNING &&
-			    v->tid != tid)
+			    __atomic_load_n(&v->tid, __ATOMIC_SEQ_CST) != tid)
 				signal_runner(v);
 		}
-	runner.chaining = false;
+	runner.chaining &= ~(1u << i);
 	errno = saved;
 }
 
@@ -242,6 +253,8 @@ static int chain_signal(size_t i)
 	ours = now;
 	ours.sa_flags |= SA_SIGINFO;
 	ours.sa_sigaction = on_chained;
+	if (behind[i].sa_sigaction && behind[i].sa_sigaction != now.sa_sigaction)
+		further[i] = behind[i];
 	behind[i] = now;
 	return sigaction(chained[i], &ours, NULL) ? -errno : 0;
 }
@@ -266,6 +279,17 @@ static void delete_timer(void *unused)
 		runner.has_timer = false;
 		runner.armed = 0;
 	}
+}
+
+/* So that the child finds the pool whole. */
+static void before_fork(void)
+{
+	pthread_mutex_lock(&lock);
+}
+
+static void after_fork_in_parent(void)
+{
+	pthread_mutex_unlock(&lock);
 }
 
 static void after_fork_in_child(void)
@@ -299,7 +323,7 @@ static int start(void)
 		return -errno;
 	if (pthread_key_create(&timer_key, delete_timer))
 		return -EAGAIN;
-	if (pthread_atfork(NULL, NULL, after_fork_in_child))
+	if (pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child))
 		return -ENOMEM;
 	process = getpid();
 	__atomic_store_n(&kick_signal, signal, __ATOMIC_RELEASE);
@@ -341,7 +365,7 @@ static int start_timer(void)
 
 	event.sigev_notify_thread_id = runner.tid;
 	if (timer_create(CLOCK_MONOTONIC, &event, &runner.timer))
-		return -errno;
+		return HV_NO_TIMER;
 	runner.has_timer = true;
 	/* The value only has to be non-NULL for the destructor to be called when the thread ends.
 	 */
@@ -354,10 +378,13 @@ static int start_timer(void)
 /* Map the kvm_run page of vCPU `fd` and make *out runnable.  0 or -errno. */
 int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
 {
+	struct kvm_run *exit = NULL;
 	struct hv_vcpu *v = NULL;
 	void *run;
-	int rc = 0;
+	int rc = hv_chain_signals();
 
+	if (rc)
+		return rc;
 	run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (run == MAP_FAILED)
 		return -errno;
@@ -368,12 +395,23 @@ int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
 		v = pool_take();
 		rc = v ? 0 : -ENOMEM;
 	}
+	if (v) {
+		/* Kept for the next vCPU in this place; never smaller, for the size is the
+		 * kernel's. */
+		exit = v->exit && v->exit_size >= run_size ? v->exit : calloc(1, run_size);
+		if (!exit) {
+			pool_give(v);
+			rc = -ENOMEM;
+		}
+	}
 	pthread_mutex_unlock(&lock);
 	if (rc) {
 		munmap(run, run_size);
 		return rc;
 	}
 	memset(v, 0, sizeof(*v));
+	v->exit = exit;
+	v->exit_size = run_size;
 	v->fd = fd;
 	v->run = run;
 	v->run_size = run_size;
@@ -381,7 +419,7 @@ int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
 	v->signals = __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST);
 	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_SEQ_CST);
 	*out = v;
-	return hv_chain_signals();
+	return 0;
 }
 
 /* Stop the runner if there is one, and unmap the kvm_run page.  0, or -EBUSY if it did not leave in
@@ -647,7 +685,7 @@ static void record(struct hv_vcpu *v, struct hv_batch *b, const struct access *a
 }
 
 /* 0: served, enter again; 1: Python's; else an HV_* code, the exit being served. */
-static int64_t serve(struct hv_vcpu *v, struct hv_batch *b, uint64_t *served)
+static int64_t serve(struct hv_vcpu *v, struct hv_batch *b)
 {
 	struct kvm_run *run = v->run;
 	uint32_t reason = run->exit_reason;
@@ -674,16 +712,28 @@ static int64_t serve(struct hv_vcpu *v, struct hv_batch *b, uint64_t *served)
 	if (policy == HV_STOP)
 		return 1;
 	b->nr_served++;
+	b->served++;
 	if (full)
 		return HV_RING_FULL;
 	if (b->records && b->nr_records >= b->records_capacity)
 		return HV_RECORDS_FULL;
-	if (++*served == b->max_exits)
-		return HV_LIMIT;
-	return 0;
+	return b->served == b->max_exits ? HV_LIMIT : 0;
 }
 
 /* ---- running ---- */
+
+/*
+ * Copy the exit for Python, which decodes it when the vCPU no longer counts as running: another
+ * thread may close it meanwhile, and unmap the kvm_run page.
+ */
+static void keep_exit(struct hv_vcpu *v)
+{
+	struct access access;
+
+	memcpy(v->exit, v->run, offsetof(struct kvm_run, kvm_valid_regs));
+	if (v->run->exit_reason == KVM_EXIT_IO && get_access(v, &access))
+		memcpy((uint8_t *)v->exit + v->run->io.data_offset, access.data, access.bytes);
+}
 
 /* The exit in the kvm_run page as a word; notes what the next entry will have to finish. */
 static int64_t pack_exit(struct hv_vcpu *v)
@@ -691,6 +741,7 @@ static int64_t pack_exit(struct hv_vcpu *v)
 	struct kvm_run *run = v->run;
 	int64_t word = run->exit_reason;
 
+	keep_exit(v);
 	switch (run->exit_reason) {
 	case KVM_EXIT_IO: {
 		uint32_t data = 0;
@@ -750,13 +801,13 @@ static int64_t interruption(struct hv_vcpu *v)
 
 /* The exit at hand to the batch, if there is one.  An exit word for Python; an HV_* code; 0: enter
  * again. */
-static int64_t take_exit(struct hv_vcpu *v, uint64_t *served)
+static int64_t take_exit(struct hv_vcpu *v)
 {
 	int64_t code = 1;
 
 	v->unanswered = 0;
 	if (v->batch)
-		code = serve(v, v->batch, served);
+		code = serve(v, v->batch);
 	if (code == 1)
 		return pack_exit(v);
 	v->incomplete = 1;
@@ -766,18 +817,23 @@ static int64_t take_exit(struct hv_vcpu *v, uint64_t *served)
 static int64_t enter(struct hv_vcpu *v)
 {
 	struct hv_batch *b = v->batch;
-	uint64_t served = 0;
 	int64_t word;
 
 	if (b && b->records && b->nr_records >= b->records_capacity)
 		return HV_RECORDS_FULL;
+	/* The exit that filled a ring was the last one. */
+	if (b && b->max_exits && b->served >= b->max_exits)
+		return HV_LIMIT;
 	for (;;) {
 		if (v->held) {
 			v->held = 0;
 		} else if (ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
 			word = -errno;
-			if (word != -EINTR && word != -EAGAIN)
+			if (word != -EINTR && word != -EAGAIN) {
+				keep_exit(v);
+				v->run->exit_reason = KVM_EXIT_UNKNOWN;
 				return word;
+			}
 			v->incomplete = 0;
 			if (word == -EAGAIN)
 				return word;
@@ -790,7 +846,7 @@ static int64_t enter(struct hv_vcpu *v)
 			return word ? word : HV_RETRY;
 		}
 		v->incomplete = 0;
-		word = take_exit(v, &served);
+		word = take_exit(v);
 		if (word)
 			return word;
 	}
@@ -848,6 +904,8 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 	runner.current = NULL;
 	__atomic_signal_fence(__ATOMIC_SEQ_CST);
 	v->run->immediate_exit = 0;
+	if (v->batch && word != HV_RETRY && word != HV_RING_FULL)
+		v->batch->served = 0;
 	return word;
 }
 
@@ -861,7 +919,8 @@ int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 
 	if (word)
 		return word;
-	word = run_acquired(v, deadline_ns);
+	/* The timer refuses a negative time, which is as much in the past as 1. */
+	word = run_acquired(v, deadline_ns < 0 ? 1 : deadline_ns);
 	release(v);
 	return word;
 }

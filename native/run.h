@@ -20,21 +20,20 @@
 #define HV_WORD_PORT_SHIFT  14
 #define HV_WORD_DATA_SHIFT  30
 
-#define HV_CODE_BASE  -5000
-#define HV_BUSY	      -5001 /* another thread runs this vCPU */
-#define HV_CLOSED     -5002 /* closed, or never opened */
-#define HV_FORKED     -5003 /* made by the parent of this process */
-#define HV_UNANSWERED -5004 /* a read exit waits for its data */
-#define HV_KICKED     -5005 /* hv_kick_send() */
-#define HV_SIGNALED   -5006 /* a signal that the process handles came in */
-#define HV_TIMEOUT    -5007 /* the deadline has passed */
-#define HV_RETRY      -5008 /* nothing of ours: let Python look at its signals and enter again */
-#define HV_RING_FULL                                                                \
-	-5009 /* a capture ring has no room for another exit: drain it, enter again \
-	       */
+#define HV_CODE_BASE	-5000
+#define HV_BUSY		-5001 /* another thread runs this vCPU */
+#define HV_CLOSED	-5002 /* closed, or never opened */
+#define HV_FORKED	-5003 /* made by the parent of this process */
+#define HV_UNANSWERED	-5004 /* a read exit waits for its data */
+#define HV_KICKED	-5005 /* hv_kick_send() */
+#define HV_SIGNALED	-5006 /* a signal that the process handles came in */
+#define HV_TIMEOUT	-5007 /* the deadline has passed */
+#define HV_RETRY	-5008 /* nothing of ours: let Python look at its signals and enter again */
+#define HV_RING_FULL	-5009 /* a capture ring is full: drain it, enter again */
 #define HV_RECORDS_FULL -5010 /* the record buffer is full */
 #define HV_LIMIT	-5011 /* max_exits were served */
 #define HV_EXITING	-5012 /* the interpreter is exiting: no vCPU is entered any more */
+#define HV_NO_TIMER	-5013 /* timer_create(2) was refused */
 
 /* What is done with an access, by rule or, where no rule covers it, by default. */
 #define HV_STOP	    0 /* give the exit to Python */
@@ -91,7 +90,8 @@ struct hv_batch {
 	uint32_t nr_mmio;
 	uint32_t unclaimed_pio; /* HV_STOP or HV_IGNORE */
 	uint32_t unclaimed_mmio;
-	uint64_t max_exits; /* per hv_run(): exits served before HV_LIMIT; 0: no limit */
+	uint64_t max_exits; /* exits served before HV_LIMIT; 0: no limit */
+	uint64_t served;    /* of those; HV_RETRY and HV_RING_FULL go on counting */
 	struct hv_record *records;
 	uint64_t records_capacity;
 	uint64_t nr_records;
@@ -118,6 +118,8 @@ struct hv_vcpu {
 	int64_t deadline;    /* CLOCK_MONOTONIC in ns; 0: none */
 	struct kvm_run *run;
 	uint64_t run_size;
+	struct kvm_run *exit; /* the last exit as Python decodes it: its memory outlives close */
+	uint64_t exit_size;
 	struct hv_batch *batch;
 	struct hv_vcpu *next_free;
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.need import NEEDS, _required, lacking, need
@@ -9,7 +11,13 @@ from tests.need import NEEDS, _required, lacking, need
 _WITHOUT_KVM = ("errors", "units", "value", "arch", "host", "ram", "witness")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="the full numbers of cases (as HVMODEL_SLOW=1)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow"):
+        os.environ["HVMODEL_SLOW"] = "1"
     unknown = _required() - NEEDS.keys()
     if unknown:
         raise pytest.UsageError(f"HVMODEL_REQUIRE: {sorted(unknown)} unknown; known: {sorted(NEEDS)}")

@@ -12,7 +12,9 @@ int floor_lifecycle(const void *image, uint64_t size, uint64_t ram_size, int cpu
 
 	if (rc)
 		return rc;
-	rc = ioctl(v.vcpu, KVM_RUN, 0) < 0 ? -errno : (int)v.run->exit_reason;
+	do
+		rc = ioctl(v.vcpu, KVM_RUN, 0) < 0 ? -errno : (int)v.run->exit_reason;
+	while (rc == -EINTR); /* a signal that was meant for another vCPU of this thread */
 	floor_vm_close(&v);
 	return rc;
 }

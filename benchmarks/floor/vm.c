@@ -88,7 +88,9 @@ static int open_all(struct floor_vm *v, const void *image, uint64_t size, int cp
 	v->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (v->kvm < 0)
 		return -errno;
-	v->vm = ioctl(v->kvm, KVM_CREATE_VM, 0);
+	do
+		v->vm = ioctl(v->kvm, KVM_CREATE_VM, 0);
+	while (v->vm < 0 && errno == EINTR); /* it gives up at any pending signal */
 	if (v->vm < 0)
 		return -errno;
 	if (ioctl(v->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity_map) < 0 ||

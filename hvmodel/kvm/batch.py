@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 from struct import Struct
+from weakref import ref
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError
@@ -57,13 +58,15 @@ def _ring_capacity(call: str, capacity: object) -> int:
 
 class _Ring:
     # struct hv_ring and its bytes.
-    __slots__ = ("_bytes", "_lock", "_ring")
+    __slots__ = ("_batch", "_bytes", "_lock", "_ring")
 
     def __init__(self, capacity: int) -> None:
         call = type(self).__name__
         self._bytes = ffi.new("uint8_t[]", _ring_capacity(call, capacity))
         self._ring = ffi.new("struct hv_ring *", {"data": self._bytes, "capacity": capacity})
-        self._lock = allocate_lock()  # the ring has one producer and one consumer; C is one of them, we the other
+        # The ring has one producer and one consumer: C, in the one batch that uses it, and we, in one thread at a time.
+        self._batch: ref[Batch] | None = None
+        self._lock = allocate_lock()
 
     @property
     def capacity(self) -> int:
@@ -224,18 +227,26 @@ class Batch:
         max_exits: int | None = None,
     ) -> None:
         """Change the defaults given to the constructor; None leaves one as it is."""
-        for field, value in (("unclaimed_pio", unclaimed_pio), ("unclaimed_mmio", unclaimed_mmio)):
+        unclaimed = dict(self._unclaimed)
+        given: dict[str, object] = {"unclaimed_pio": unclaimed_pio, "unclaimed_mmio": unclaimed_mmio}
+        for field, value in given.items():
             if value is not None:
-                if value not in _POLICIES:
+                if not isinstance(value, str) or value not in _POLICIES:
                     raise ArgumentError("Batch", field, value, '"stop" or "ignore"')
-                self._unclaimed[field] = value
+                unclaimed[field] = value
         if max_exits is not None:
             if isinstance(max_exits, bool) or not isinstance(max_exits, int):
                 raise ArgumentTypeError("Batch", "max_exits", max_exits, "a number of exits")
             if not 0 <= max_exits < 1 << 64:
                 raise ArgumentError("Batch", "max_exits", max_exits, "0 to 2**64-1")
-            self._max_exits = max_exits
-        self._publish()
+        old = self._unclaimed, self._max_exits
+        self._unclaimed = unclaimed
+        self._max_exits = self._max_exits if max_exits is None else max_exits
+        try:
+            self._publish()
+        except BusyError:
+            self._unclaimed, self._max_exits = old
+            raise
 
     def pio(self, port: int, size: int, *, read: Read = "stop", write: Write = "stop") -> None:
         """Serve accesses that lie in ports [port, port + size).
@@ -260,6 +271,9 @@ class Batch:
             _policy(call, "read", read)
         if not isinstance(write, Capture) and not (isinstance(write, str) and write in _POLICIES):
             raise ArgumentTypeError(call, "write", write, '"stop", "ignore" or a Capture')
+        for ring in (read, write):
+            if isinstance(ring, _Ring) and ring._batch is not None and ring._batch() not in (None, self):
+                raise BusyError(call, repr(ring), "it is used by another Batch")
         for other in self._rules[kind]:
             if start < other[1] and other[0] < start + size:
                 raise ArgumentError(
@@ -325,9 +339,22 @@ class Batch:
                 "records_capacity": self._capacity,
             },
         )
-        if lib.hv_batch_update(self._running(), self._batch, following) == lib.HV_BUSY:
+        # What C points at is kept at every moment, whatever exception a signal handler raises.
+        old = self._keep
+        new = [*keep, *tables.values(), self._records]
+        self._keep = [*old, *new]
+        rc = lib.hv_batch_update(self._running(), self._batch, following)
+        if rc == lib.HV_CLOSED:
+            rc = lib.hv_batch_update(ffi.NULL, self._batch, following)
+        if rc == lib.HV_BUSY:
+            self._keep = old
             raise BusyError("Batch", "its rules", "the vCPU runs; kick it first")
-        self._keep = [*keep, *tables.values(), self._records]
+        for part in old:
+            if isinstance(part, _Ring):
+                part._batch = None
+        for part in keep:
+            part._batch = ref(self)
+        self._keep = new
 
     def _running(self) -> Any:
         return ffi.NULL if self._vcpu is None else self._vcpu._c

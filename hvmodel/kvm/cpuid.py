@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from .._ffi import ffi
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
 
 TYPE_CHECKING = False
@@ -45,10 +45,12 @@ def _pack(call: str, entries: Iterable[CpuidEntry]) -> Any:
         raise ArgumentError(call, "entries", len(rows), f"up to {KVM_MAX_CPUID_ENTRIES} entries", "too many")
     table = ffi.new("struct kvm_cpuid2 *", {"nent": len(rows), "entries": len(rows)})
     for at, row in enumerate(rows):
+        if not isinstance(row, CpuidEntry):
+            raise ArgumentTypeError(call, f"entries[{at}]", row, "a CpuidEntry")
         entry = table.entries[at]
         for field in CpuidEntry.fields():
             value = getattr(row, field)
-            if not isinstance(value, int) or not 0 <= value < 1 << 32:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
                 raise ArgumentError(call, f"entries[{at}].{field}", value, "0 to 0xffffffff")
             setattr(entry, field, value)
     return table

@@ -44,6 +44,16 @@ else:
 
 __all__ = ["Handle", "StructItem", "fields"]
 
+
+def _uint(call: str, field: str, value: object, bits: int = 32) -> int:
+    # An unsigned integer of so many bits, or the error that says so.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(call, field, value, "an int")
+    if not 0 <= value < 1 << bits:
+        raise ArgumentError(call, field, value, f"0 to 2**{bits}-1")
+    return value
+
+
 # Refusals that can mean "this kernel cannot do that" as well as "this argument is wrong".
 _MAYBE_UNSUPPORTED = frozenset(
     {errno.ENOTTY, errno.EINVAL, errno.ENXIO, errno.EOPNOTSUPP, errno.EPERM, errno.ENODEV, errno.ENOSYS}
@@ -52,10 +62,11 @@ _CAP_USER_MEMORY = 3
 
 
 def _abandon(fd: int, what: str, pid: int) -> None:
-    # The finalizer: holds integers only, so that it keeps nothing alive.
-    warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
+    # The finalizer: holds integers only, so that it keeps nothing alive.  The warning comes last, for it may be made an
+    # exception.
     if os.getpid() == pid:
         os.close(fd)
+    warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
 
 
 class Handle:
@@ -76,7 +87,8 @@ class Handle:
         self._fd = fd
         self._owner = owner  # a strong reference: what we were made from lives as long as we do
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _abandon, fd, f"{type(self).__name__} fd={fd}", self._pid)
+        what = f"{type(self).__name__} fd={fd}"
+        self._finalizer: weakref.finalize[..., Any] = weakref.finalize(self, _abandon, fd, what, self._pid)
 
     # ---- life ----
 
@@ -163,8 +175,8 @@ class Handle:
             pointer = ffi.cast(ctype, arg) if detail == "void" else ffi.new(ctype, arg)
         if not isinstance(pointer, ffi.CData):
             raise ArgumentTypeError(name, "arg", arg, f"a pointer made by ffi.new({ctype!r})")
-        if not pointer:
-            raise ArgumentTypeError(name, "arg", arg, f"a {ctype!r} that is not NULL")
+        if detail != "void" and not (len(pointer) if ffi.typeof(pointer).kind == "array" else pointer):
+            raise ArgumentTypeError(name, "arg", arg, f"a {ctype!r} that points at something")
         try:
             rc = call(self.fd, pointer)
         except TypeError:
@@ -250,7 +262,7 @@ class StructItem(Generic[T]):
     def __init__(self, get: str | None, put: str | None, struct: str, doc: str) -> None:
         self.get, self.put, self.struct = get, put, struct
         self.__doc__ = doc
-        self._ctype = f"struct {struct} *"
+        self._ctype = ffi.typeof(f"struct {struct} *")
         self._get = getattr(lib, get.lower()) if get else None
         self._put = getattr(lib, put.lower()) if put else None
         self._name = ""
@@ -276,10 +288,10 @@ class StructItem(Generic[T]):
     def __set__(self, handle: Handle, value: T) -> None:
         if self._put is None or self.put is None:
             raise AttributeError(f"{self._name} is read-only")
-        try:
-            rc = self._put(handle._fd, value)
-        except TypeError:
-            raise ArgumentTypeError(self._name, "value", value, f"a {self._ctype!r}") from None
+        # cffi would take a list too, and for an empty one passes whatever is on the stack.
+        if not isinstance(value, ffi.CData) or ffi.typeof(value) != self._ctype or not value:
+            raise ArgumentTypeError(self._name, "value", value, f"a {self._ctype.cname!r}")
+        rc = self._put(handle._fd, value)
         if rc < 0:
             raise handle._refusal(self.put, -rc)
 
@@ -291,11 +303,14 @@ def fields(struct: Any) -> dict[str, Any]:
     >>> fields(ffi.new("struct kvm_mp_state *", [4]))
     {'mp_state': 4}
     """
+    accepted = "a cffi struct, or a pointer to one"
+    if not isinstance(struct, ffi.CData):
+        raise ArgumentTypeError("fields", "struct", struct, accepted)
     ctype = ffi.typeof(struct)
-    if ctype.kind == "pointer":
+    if ctype.kind == "pointer" and struct and ctype.item.kind in ("struct", "union"):
         struct, ctype = struct[0], ctype.item
     if ctype.kind not in ("struct", "union"):
-        raise ArgumentTypeError("fields", "struct", struct, "a cffi struct")
+        raise ArgumentTypeError("fields", "struct", struct, accepted)
     return {name: _plain(getattr(struct, name)) for name, _ in ctype.fields or ()}
 
 

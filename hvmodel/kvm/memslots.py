@@ -15,7 +15,8 @@ from ..value import Value
 __all__ = ["MemSlot", "explain_region"]
 
 _MAX_PAGES = (1 << 31) - 1
-_FLAGS = {"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2, "KVM_MEM_GUEST_MEMFD": 4}
+_MIN_PHYS_BITS = 36  # guest physical addresses that every host maps
+_FLAGS = {"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2}
 
 
 class MemSlot(Value):
@@ -70,25 +71,22 @@ def explain_region(
 ) -> tuple[str, object, str, str] | None:
     """Which field of a refused memslot is at fault: (field, value, accepted, detail), or None where none is found.
 
-    Follows the order in which the kernel checks.  Source: linux:virt/kvm/kvm_main.c kvm_set_memory_region@v6.18.
+    Follows the order in which the kernel checks, but for what depends on the processor, which comes last.  Source:
+    linux:virt/kvm/kvm_main.c kvm_set_memory_region@v6.18.
     """
     old = slots.get(slot)
     allowed = 1
     if lib.kvm_check_extension(vm_fd, lib.KVM_CAP_READONLY_MEM) > 0:
         allowed |= 2
-    if lib.kvm_check_extension(vm_fd, lib.KVM_CAP_GUEST_MEMFD) > 0:
-        allowed |= 4
     if flags & ~allowed:
         known = ", ".join(f"{name} ({bit})" for name, bit in _FLAGS.items() if bit & allowed)
-        return "flags", flags, f"of {known}", "a flag that this kernel does not have"
+        return "flags", flags, f"of {known}", "a flag that this ioctl does not have here"
     if size % PAGE_SIZE:
         return "size", size, f"a multiple of {PAGE_SIZE} bytes", "not a whole number of pages"
     if gpa % PAGE_SIZE:
         return "gpa", gpa, f"a multiple of {PAGE_SIZE}", "not page-aligned"
     if hva % PAGE_SIZE:
         return "hva", hva, f"a multiple of {PAGE_SIZE}", "not page-aligned"
-    if hva + size > 1 << 47 and not hva + size <= 1 << 56:
-        return "hva", hva, "an address of this process", "not a user address"
     nr_slots = max(lib.kvm_check_extension(vm_fd, lib.KVM_CAP_NR_MEMSLOTS), 1)
     if slot >> 16:
         spaces = max(lib.kvm_check_extension(vm_fd, lib.KVM_CAP_MULTI_ADDRESS_SPACE), 1)
@@ -100,8 +98,8 @@ def explain_region(
         if old is None:
             return "slot", slot, f"a slot that exists: {sorted(slots)}", "there is no such slot to delete"
         return None
-    if gpa + size > 1 << 64:
-        return "gpa", gpa, "gpa + size up to 2**64", "the range wraps around"
+    if gpa + size >= 1 << 64:
+        return "gpa", gpa, "gpa + size below 2**64", "the range wraps around"
     if size // PAGE_SIZE > _MAX_PAGES:
         return "size", size, f"up to {_MAX_PAGES} pages", "too large for one slot"
     if old is not None:
@@ -119,6 +117,9 @@ def explain_region(
                 "a range that no other slot covers",
                 f"[{gpa:#x}, {gpa + size:#x}) overlaps slot {other.slot} [{other.gpa:#x}, {other.end:#x})",
             )
-    if gpa + size > 1 << 46:
+    # What is left depends on the processor and the vendor module: these are where the kernel refused.
+    if hva + size > (1 << 47) - PAGE_SIZE:
+        return "hva", hva, "an address of this process", "not a user address"
+    if gpa + size > 1 << _MIN_PHYS_BITS:
         return "gpa", gpa, "a guest physical address the vendor module can map", "beyond the guest's address width"
     return None

@@ -83,7 +83,7 @@ class Kvm(Handle):
     """
 
     scope = "system"
-    __slots__ = ()
+    __slots__ = ("_mmap_size",)
 
     def __init__(self, path: str | os.PathLike[str] = "/dev/kvm") -> None:
         try:
@@ -128,6 +128,7 @@ class Kvm(Handle):
             detail = "not a KVM device" if version < 0 else f"it speaks KVM API {version}"
             raise ArgumentError(call, field, value, f"/dev/kvm with API version {KVM_API_VERSION}", detail)
         super().__init__(fd, None)
+        self._mmap_size = 0
 
     @property
     def api_version(self) -> int:
@@ -137,7 +138,9 @@ class Kvm(Handle):
     @property
     def vcpu_mmap_size(self) -> int:
         """KVM_GET_VCPU_MMAP_SIZE: bytes to map of a vCPU's fd (kvm_run, PIO data, coalesced ring)."""
-        return self._check("KVM_GET_VCPU_MMAP_SIZE", lib.kvm_get_vcpu_mmap_size(self.fd))
+        if not self._mmap_size:
+            self._mmap_size = self._check("KVM_GET_VCPU_MMAP_SIZE", lib.kvm_get_vcpu_mmap_size(self.fd))
+        return self._mmap_size
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 where capability `cap` (KVM_CAP_*, or `Cap`) is absent, else 1 or its value."""

@@ -8,6 +8,7 @@ are equal exits, so most exits are looked up, not built.
 from __future__ import annotations
 
 import errno
+from weakref import finalize
 
 from .._ffi import ffi, install_run, lib
 from ..errors import (
@@ -23,8 +24,8 @@ from ..errors import (
 from ..value import Value
 from . import cpuid, exits
 from .batch import Batch
-from .handle import Handle, StructItem
-from .vm import _enable_cap, _uint
+from .handle import Handle, StructItem, _abandon, _uint
+from .vm import _enable_cap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ _run_until = lib.hv_run_until
 
 # What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever.
 _CLOSED = ffi.new("struct hv_vcpu *")
+_CLOSED_EXIT = ffi.new("struct kvm_run *")
+_CLOSED.exit = _CLOSED_EXIT
 _COMPLEX: int = lib.HV_WORD_COMPLEX
 _KICK_WAIT_NS = 1_000_000
 _CLOSE_WAIT_NS = 10_000_000_000
@@ -88,6 +91,12 @@ def _kick_at_exit() -> None:
     lib.hv_exiting()
 
 
+def _abandon_vcpu(fd: int, what: str, pid: int, address: int) -> None:
+    # The finalizer.  The kvm_run page, which keeps the VM alive, goes with the fd; at exit a guest may still run.
+    lib.hv_vcpu_close(ffi.cast("struct hv_vcpu *", address), 0)
+    _abandon(fd, what, pid)
+
+
 _at_exit_registered = False
 
 
@@ -104,7 +113,10 @@ def _register_at_exit() -> None:
         import atexit
 
         register = atexit.register
-    register(_kick_at_exit)
+    try:
+        register(_kick_at_exit)
+    except RuntimeError:  # the interpreter is exiting already
+        _kick_at_exit()
 
 
 class Translation(Value):
@@ -131,12 +143,17 @@ class Vcpu(Handle):
         self._batch: Batch | None = None
         self._point(_CLOSED)
         super().__init__(fd, vm)
-        out = ffi.new("struct hv_vcpu **")
-        rc = lib.hv_vcpu_open(fd, vm.kvm.vcpu_mmap_size, out)
-        if rc < 0:
+        try:
+            out = ffi.new("struct hv_vcpu **")
+            rc = lib.hv_vcpu_open(fd, vm.kvm.vcpu_mmap_size, out)
+            if rc < 0:
+                raise HostError(-rc, "mmap", "fd", fd, None, "the kvm_run page of a vCPU")
+        except BaseException:
             super().close()
-            raise HostError(-rc, "mmap", "fd", fd, None, "the kvm_run page of a vCPU")
+            raise
         self._point(out[0])
+        self._finalizer.detach()
+        self._finalizer = finalize(self, _abandon_vcpu, fd, f"Vcpu {id} fd={fd}", self._pid, self._address)
         vm._vcpus[id] = self
         _register_at_exit()
 
@@ -203,8 +220,10 @@ class Vcpu(Handle):
             word = _run_until(self._c, self._c.deadline)
         if not word & _COMPLEX:
             return exits._simple(word)
-        run = self._c.run
-        exit = exits.decode(run)
+        c = self._c
+        if c is _CLOSED:  # by another thread, since the exit
+            raise self._run_error(lib.HV_CLOSED)
+        exit = exits.decode(c.exit)
         if word & 0xFF == lib.KVM_EXIT_MMIO:
             return self._not_in_slot(exit)
         return exit
@@ -231,10 +250,8 @@ class Vcpu(Handle):
         if word == -errno.EAGAIN:
             return exits.Again()
         if word in (-errno.EFAULT, -_EHWPOISON):
-            run = c.run
-            if run.exit_reason == lib.KVM_EXIT_MEMORY_FAULT:
-                fault = run.memory_fault
-                run.exit_reason = lib.KVM_EXIT_UNKNOWN
+            if c.exit.exit_reason == lib.KVM_EXIT_MEMORY_FAULT:
+                fault = c.exit.memory_fault
                 return exits.MemoryFault(fault.gpa, fault.size, fault.flags, -word)
             if word == -errno.EFAULT:
                 return exits.HostFault()
@@ -250,9 +267,12 @@ class Vcpu(Handle):
                 errno.EIO, call, None, None, "a VM made by this process", f"process {self._pid} made {self!r}"
             )
         if word == lib.HV_UNANSWERED:
-            return UnansweredError(call, repr(exits.decode(self._c.run)))
+            return UnansweredError(call, repr(exits.decode(self._c.exit)))
         if word == lib.HV_EXITING:
             return SystemExit(f"{call}: the interpreter is exiting")
+        if word == lib.HV_NO_TIMER:
+            detail = "each thread that runs a vCPU has a timer: raise RLIMIT_SIGPENDING (ulimit -i)"
+            return HostError(errno.EAGAIN, "timer_create", None, None, None, detail)
         detail = None
         if word == -errno.EINVAL:
             detail = "the register state is invalid, or kvm_valid_regs has a bit that KVM_CAP_SYNC_REGS does not"
@@ -285,7 +305,8 @@ class Vcpu(Handle):
                 raise ArgumentError("Vcpu.answer", "data", data, "0 to 2**64-1")
             rc = lib.hv_answer(self._c, data)
         elif isinstance(data, bytes | bytearray | memoryview):
-            rc = lib.hv_answer_bytes(self._c, bytes(data), len(data))
+            data = bytes(data)
+            rc = lib.hv_answer_bytes(self._c, data, len(data))
         else:
             raise ArgumentTypeError("Vcpu.answer", "data", data, "an int or bytes")
         if rc == 0:
@@ -294,7 +315,7 @@ class Vcpu(Handle):
             raise self._run_error(rc, "Vcpu.answer")
         if rc == -errno.EINVAL:
             raise ArgumentError("Vcpu.answer", "data", data, None, "no read exit waits for data")
-        raise ArgumentError("Vcpu.answer", "data", data, f"the size of {exits.decode(self._c.run)!r}")
+        raise ArgumentError("Vcpu.answer", "data", data, f"the size of {exits.decode(self._c.exit)!r}")
 
     def fail_msr(self) -> None:
         """Refuse the RdMsr or WrMsr exit at hand: the guest's instruction raises #GP."""
@@ -399,6 +420,8 @@ class Vcpu(Handle):
     def set_msrs(self, values: Mapping[int, int]) -> None:
         """KVM_SET_MSRS, in the order given.  PartialError names the first MSR refused; those before it are set."""
         call = "KVM_SET_MSRS"
+        if not hasattr(values, "items"):
+            raise ArgumentTypeError(call, "values", values, "a mapping of MSR index to value")
         rows = list(values.items())
         for first in range(0, len(rows), _MSR_CHUNK):
             chunk = rows[first : first + _MSR_CHUNK]
@@ -415,8 +438,14 @@ class Vcpu(Handle):
 
         KvmError: EINVAL the vCPU has run and the leaves differ, E2BIG more than 256.
         """
-        table = entries if isinstance(entries, ffi.CData) else cpuid._pack("KVM_SET_CPUID2", entries)
-        self.ioctl("KVM_SET_CPUID2", table)
+        call = "KVM_SET_CPUID2"
+        table = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
+        try:
+            rc = lib.kvm_set_cpuid2(self.fd, table)
+        except TypeError:
+            raise ArgumentTypeError(call, "entries", entries, "CpuidEntry values or a 'struct kvm_cpuid2 *'") from None
+        detail = "the vCPU has run, and its leaves cannot change any more" if rc == -errno.EINVAL else None
+        self._check(call, rc, None, None, None, detail)
 
     def get_cpuid2(self) -> list[CpuidEntry]:
         """KVM_GET_CPUID2: the leaves as KVM keeps them, which may differ from what was set."""

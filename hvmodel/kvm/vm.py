@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 
 from .._ffi import ffi, lib
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, HvError
 from ..value import Value
 from .device import Device
-from .handle import Handle, StructItem
+from .handle import Handle, StructItem, _uint
 from .memslots import MemSlot, _SlotMap, explain_region
 
 TYPE_CHECKING = False
@@ -48,15 +48,6 @@ class MsrFilterRange(Value):
     base: int
     bitmap: bytes
     flags: int = 3
-
-
-def _uint(call: str, field: str, value: object, bits: int = 32) -> int:
-    # An unsigned integer of so many bits, or the error that says so.
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(call, field, value, "an int")
-    if not 0 <= value < 1 << bits:
-        raise ArgumentError(call, field, value, f"0 to 2**{bits}-1")
-    return value
 
 
 def _fd_of(call: str, field: str, file: object) -> int:
@@ -203,16 +194,16 @@ class Vm(Handle):
             "struct kvm_userspace_memory_region *",
             {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": size, "userspace_addr": hva},
         )
+        fd = self.fd
         # Pinned before the kernel has it, so that there is no time in which the memory could go.
         why = f"memslot {slot} of {self!r}"
         if mapping is not None:
             mapping.pin(why)
-        rc = lib.kvm_set_user_memory_region(self.fd, region)
+        rc = lib.kvm_set_user_memory_region(fd, region)
         if rc < 0:
             if mapping is not None:
                 mapping.unpin(why)
-            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags)
-            raise self._refusal(call, -rc, *(fault or (None, None, None, None)))
+            raise self._region_refusal(-rc, slot, gpa, size, hva, flags)
         self._unpin(slot)
         if mapping is not None:
             self._pinned[slot] = mapping, why
@@ -226,10 +217,15 @@ class Vm(Handle):
         region = ffi.new("struct kvm_userspace_memory_region *", {"slot": _uint(call, "slot", slot)})
         rc = lib.kvm_set_user_memory_region(self.fd, region)
         if rc < 0:
-            fault = explain_region(self.fd, self._slots.slots, slot, 0, 0, 0, 0)
-            raise self._refusal(call, -rc, *(fault or (None, None, None, None)))
+            raise self._region_refusal(-rc, slot, 0, 0, 0, 0)
         self._slots.drop(slot)
         self._unpin(slot)
+
+    def _region_refusal(self, err: int, slot: int, gpa: int, size: int, hva: int, flags: int) -> HvError:
+        fault = None
+        if err in (errno.EINVAL, errno.EEXIST):
+            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags)
+        return self._refusal("KVM_SET_USER_MEMORY_REGION", err, *(fault or (None, None, None, None)))
 
     def _unpin(self, slot: int) -> None:
         mapping, why = self._pinned.pop(slot, (None, ""))
@@ -503,6 +499,8 @@ class Vm(Handle):
         for at, row in enumerate(rows):
             if not isinstance(row, MsrFilterRange):
                 raise ArgumentTypeError(call, f"ranges[{at}]", row, "a MsrFilterRange")
+            if not isinstance(row.bitmap, bytes | bytearray):
+                raise ArgumentTypeError(call, f"ranges[{at}].bitmap", row.bitmap, "bytes")
             bitmap = ffi.new("uint8_t[]", bytes(row.bitmap))
             keep.append(bitmap)
             target = arg.ranges[at]

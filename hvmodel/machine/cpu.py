@@ -25,6 +25,33 @@ _REAL_MODE_END = 0x10FFF0  # FFFF:FFFF + 1, the first byte that no CS:IP reaches
 _MAX_INSN = 15
 
 
+def _real_sregs() -> kvm_sregs:
+    # Real-address mode with CS still to be set: 64 KiB segments at 0, everything that pages or protects off.
+    sregs = ffi.new("struct kvm_sregs *")
+    for name, kind, code_or_data in (
+        ("cs", 0xB, 1),
+        ("ds", 0x3, 1),
+        ("es", 0x3, 1),
+        ("fs", 0x3, 1),
+        ("gs", 0x3, 1),
+        ("ss", 0x3, 1),
+        ("tr", 0xB, 0),
+        ("ldt", 0x2, 0),
+    ):
+        segment = getattr(sregs, name)
+        segment.limit, segment.type, segment.present, segment.s = 0xFFFF, kind, 1, code_or_data
+    sregs.gdt.limit = sregs.idt.limit = 0xFFFF
+    sregs.cr0 = _CR0_RESET
+    return sregs
+
+
+_REAL_SREGS = _real_sregs()
+_RUNNABLE = ffi.new("struct kvm_mp_state *", [lib.KVM_MP_STATE_RUNNABLE])
+_NO_EVENTS = ffi.new(
+    "struct kvm_vcpu_events *", {"flags": lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW}
+)
+
+
 class Location(Value):
     """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes there (b"": not in RAM)."""
 
@@ -122,29 +149,14 @@ class Cpu:
         kvm = self.kvm
         kvm.complete_io()
         sregs = kvm.sregs
-        for name in ("ds", "es", "fs", "gs", "ss"):
-            segment = getattr(sregs, name)
-            ffi.memmove(ffi.addressof(segment), ffi.new("struct kvm_segment *"), ffi.sizeof(segment))
-            segment.limit, segment.type, segment.present, segment.s = 0xFFFF, 3, 1, 1
-        ffi.memmove(ffi.addressof(sregs.cs), ffi.addressof(sregs.ds), ffi.sizeof(sregs.cs))
-        sregs.cs.selector, sregs.cs.base, sregs.cs.type = cs, cs_base, 0xB
-        for name, kind in (("tr", 0xB), ("ldt", 2)):
-            segment = getattr(sregs, name)
-            ffi.memmove(ffi.addressof(segment), ffi.new("struct kvm_segment *"), ffi.sizeof(segment))
-            segment.limit, segment.type, segment.present = 0xFFFF, kind, 1
-        for name in ("gdt", "idt"):
-            table = getattr(sregs, name)
-            table.base, table.limit = 0, 0xFFFF
-        sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8, sregs.efer = _CR0_RESET, 0, 0, 0, 0, 0
-        for at in range(len(sregs.interrupt_bitmap)):
-            sregs.interrupt_bitmap[at] = 0
+        apic_base = sregs.apic_base
+        ffi.memmove(sregs, _REAL_SREGS, ffi.sizeof(_REAL_SREGS[0]))
+        sregs.apic_base = apic_base
+        sregs.cs.selector, sregs.cs.base = cs, cs_base
         kvm.sregs = sregs
         kvm.regs = ffi.new("struct kvm_regs *", {"rip": ip, "rsp": sp, "rflags": 2})
-        events = ffi.new("struct kvm_vcpu_events *")
-        events.flags = lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW
-        kvm.vcpu_events = events
-        if kvm.mp_state.mp_state != lib.KVM_MP_STATE_RUNNABLE:
-            kvm.mp_state = ffi.new("struct kvm_mp_state *", [lib.KVM_MP_STATE_RUNNABLE])
+        kvm.vcpu_events = _NO_EVENTS
+        kvm.mp_state = _RUNNABLE
 
     # ---- where it is ----
 
