@@ -7,6 +7,7 @@ KVM_SET_USER_MEMORY_REGION, for which the kernel says only EINVAL.
 from __future__ import annotations
 
 from bisect import bisect_right
+from operator import itemgetter
 
 from .._ffi import lib
 from ..units import PAGE_SIZE
@@ -14,6 +15,7 @@ from ..value import Value
 
 __all__ = ["MemSlot", "explain_region"]
 
+_first = itemgetter(0)
 _MAX_PAGES = (1 << 31) - 1
 _MIN_PHYS_BITS = 36  # guest physical addresses that every host maps
 _FLAGS = {"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2}
@@ -55,8 +57,8 @@ class _SlotMap:
             self._sort()
 
     def _sort(self) -> None:
-        ordered = sorted((s for s in self.slots.values() if s.slot < 1 << 16), key=lambda s: s.gpa)
-        self._sorted = (tuple(s.gpa for s in ordered), tuple(ordered))
+        ordered = sorted([(s.gpa, s) for s in self.slots.values() if s.slot < 1 << 16], key=_first)
+        self._sorted = (tuple([gpa for gpa, _ in ordered]), tuple([s for _, s in ordered]))
 
     def at(self, gpa: int) -> MemSlot | None:
         starts, ordered = self._sorted

@@ -30,6 +30,7 @@ from .vm import _enable_cap
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from typing import Any
 
     from .._native import (
         hv_vcpu,
@@ -271,8 +272,8 @@ class Vcpu(Handle):
         if word == lib.HV_EXITING:
             return SystemExit(f"{call}: the interpreter is exiting")
         if word == lib.HV_NO_TIMER:
-            detail = "each thread that runs a vCPU has a timer: raise RLIMIT_SIGPENDING (ulimit -i)"
-            return HostError(errno.EAGAIN, "timer_create", None, None, None, detail)
+            cure = "each thread that runs a vCPU has a timer: raise RLIMIT_SIGPENDING (ulimit -i)"
+            return HostError(errno.EAGAIN, "timer_create", None, None, None, cure)
         detail = None
         if word == -errno.EINVAL:
             detail = "the register state is invalid, or kvm_valid_regs has a bit that KVM_CAP_SYNC_REGS does not"
@@ -439,7 +440,7 @@ class Vcpu(Handle):
         KvmError: EINVAL the vCPU has run and the leaves differ, E2BIG more than 256.
         """
         call = "KVM_SET_CPUID2"
-        table = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
+        table: Any = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
         try:
             rc = lib.kvm_set_cpuid2(self.fd, table)
         except TypeError:

@@ -14,6 +14,7 @@ from .memslots import MemSlot, _SlotMap, explain_region
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
     from .._native import kvm_clock_data, kvm_coalesced_mmio_zone, kvm_irqchip, kvm_pit_state, kvm_pit_state2
     from ..host import Mapping
@@ -92,6 +93,14 @@ class Vm(Handle):
             self._unpin(slot)
         super().close()
 
+    def ioctl(self, name: str, arg: Any = None) -> int:
+        """As Handle.ioctl.  A memslot that is set in this way is noted in `memslots`, and pins no memory."""
+        rc = super().ioctl(name, arg)
+        if name in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):
+            region = ffi.cast("struct kvm_userspace_memory_region *", arg)  # which the second one begins with
+            self._note(region.slot, region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags)
+        return rc
+
     # ---- capabilities ----
 
     def check_extension(self, cap: int) -> int:
@@ -167,36 +176,19 @@ class Vm(Handle):
 
         KvmError EINVAL, EEXIST (overlap): `field` says which argument, and why.
         """
-        call = "KVM_SET_USER_MEMORY_REGION"
-        _uint(call, "slot", slot)
-        _uint(call, "gpa", gpa, 64)
-        _uint(call, "offset", offset, 64)
-        _uint(call, "flags", flags)
-        if isinstance(memory, int):
-            mapping = None
-            hva = _uint(call, "memory", memory, 64) + offset
-            if size is None:
-                raise ArgumentError(call, "size", None, "a size in bytes, where the memory is an address")
-        elif hasattr(memory, "pin") and hasattr(memory, "hva"):
+        fd = self.fd
+        mapping: Mapping | None = None
+        if not isinstance(memory, int) and hasattr(memory, "pin") and hasattr(memory, "hva"):
             mapping = memory
-            if size is None:
+            if size is None and type(offset) is int:
                 size = max(mapping.size - offset, 0)
-            if offset + _uint(call, "size", size, 64) > mapping.size:
-                raise ArgumentError(call, "offset", offset, f"offset + size up to {mapping.size:#x}", f"size={size:#x}")
-            hva = mapping.hva + offset
-        else:
-            raise ArgumentTypeError(call, "memory", memory, "a Mapping or a host virtual address")
-        if _uint(call, "size", size, 64) == 0:
-            raise ArgumentError(call, "size", size, "at least a page; delete_memory_region() deletes a slot")
-        if hva + size > 1 << 64:
-            raise ArgumentError(call, "memory", hva, "hva + size up to 2**64")
+        hva, size = _region_range(slot, gpa, memory, mapping, offset, size, flags)
         region = ffi.new(
             "struct kvm_userspace_memory_region *",
             {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": size, "userspace_addr": hva},
         )
-        fd = self.fd
         # Pinned before the kernel has it, so that there is no time in which the memory could go.
-        why = f"memslot {slot} of {self!r}"
+        why = f"memslot {slot} of VM fd={self._fd}"
         if mapping is not None:
             mapping.pin(why)
         rc = lib.kvm_set_user_memory_region(fd, region)
@@ -204,7 +196,8 @@ class Vm(Handle):
             if mapping is not None:
                 mapping.unpin(why)
             raise self._region_refusal(-rc, slot, gpa, size, hva, flags)
-        self._unpin(slot)
+        if slot in self._pinned:
+            self._unpin(slot)
         if mapping is not None:
             self._pinned[slot] = mapping, why
         entry = MemSlot(slot, gpa, size, hva, flags)
@@ -218,8 +211,15 @@ class Vm(Handle):
         rc = lib.kvm_set_user_memory_region(self.fd, region)
         if rc < 0:
             raise self._region_refusal(-rc, slot, 0, 0, 0, 0)
-        self._slots.drop(slot)
-        self._unpin(slot)
+        self._note(slot, 0, 0, 0, 0)
+
+    def _note(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
+        # What the kernel has taken.
+        if size:
+            self._slots.put(MemSlot(slot, gpa, size, hva, flags))
+        else:
+            self._slots.drop(slot)
+            self._unpin(slot)
 
     def _region_refusal(self, err: int, slot: int, gpa: int, size: int, hva: int, flags: int) -> HvError:
         fault = None
@@ -519,6 +519,33 @@ class Vm(Handle):
     pit2: StructItem[kvm_pit_state2] = StructItem(
         "KVM_GET_PIT2", "KVM_SET_PIT2", "kvm_pit_state2", "The three channels of the 8254 and its flags."
     )
+
+
+def _region_range(
+    slot: int, gpa: int, memory: object, mapping: Mapping | None, offset: int, size: int | None, flags: int
+) -> tuple[int, int]:
+    # Address and size of a region whose arguments can be right, or the error that says which cannot.
+    call = "KVM_SET_USER_MEMORY_REGION"
+    _uint(call, "slot", slot)
+    _uint(call, "gpa", gpa, 64)
+    _uint(call, "offset", offset, 64)
+    _uint(call, "flags", flags)
+    if mapping is not None:
+        if offset + _uint(call, "size", size, 64) > mapping.size:
+            raise ArgumentError(call, "offset", offset, f"offset + size up to {mapping.size:#x}", f"size={size:#x}")
+        hva = mapping.hva + offset
+    elif isinstance(memory, int):
+        hva = _uint(call, "memory", memory, 64) + offset
+        if size is None:
+            raise ArgumentError(call, "size", None, "a size in bytes, where the memory is an address")
+    else:
+        raise ArgumentTypeError(call, "memory", memory, "a Mapping or a host virtual address")
+    if _uint(call, "size", size, 64) == 0:
+        raise ArgumentError(call, "size", size, "at least a page; delete_memory_region() deletes a slot")
+    assert size is not None
+    if hva + size > 1 << 64:
+        raise ArgumentError(call, "memory", hva, "hva + size up to 2**64")
+    return hva, size
 
 
 def _zone(call: str, address: int, size: int, pio: bool) -> kvm_coalesced_mmio_zone:
