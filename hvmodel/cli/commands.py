@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 
 import click
 
@@ -35,14 +36,20 @@ def run(arguments: Sequence[str] | None) -> int:
     """Run the command with these arguments (None: the process's own); its exit status.  See `hvmodel.cli.main`."""
     _fill_standard_descriptors()
     try:
-        found = hvmodel.main(arguments, prog_name="hvmodel", standalone_mode=False)
+        # What click's main() does, but for its own way with errors.
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        with hvmodel.make_context("hvmodel", words or ["--help"]) as context:
+            found = hvmodel.invoke(context)
         return found if isinstance(found, int) else OK
-    except click.Abort:
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
         return INTERRUPTED
     except click.ClickException as error:
         # click's own words may name alternatives on lines of their own; say() makes one line of them.
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "hvmodel"
+        where = getattr(error, "ctx", None)
+        path = where.command_path if where is not None else "hvmodel"
         say(f"{error.format_message().rstrip('.')}; see `{path} --help`")
         return BAD_INPUT
     except Refusal as error:
@@ -54,7 +61,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except OutputError as error:
         say(str(error))
         return BAD_INPUT
-    except ReaderGoneError:
+    except (ReaderGoneError, BrokenPipeError):
         # Whoever waits for us sees what happens to any filter; machines are closed by now.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGPIPE)
@@ -133,7 +140,7 @@ def _epilog() -> str:
 
 
 @hvmodel.command(epilog=_epilog())
-@click.argument("file", required=False, type=click.Path())
+@click.argument("file", required=False)
 @click.option("--ram", type=_Size(), default="16M", show_default=True, help="Guest RAM, whole pages.")
 @click.option("--at", type=_Address(), help="Where FILE is loaded and entered.  [default: 0x7C00]")
 @click.option("--timeout", type=_Seconds(), help="End the run after so many seconds.")

@@ -63,10 +63,10 @@ _CAP_USER_MEMORY = 3
 
 def _abandon(fd: int, what: str, pid: int) -> None:
     # The finalizer: holds integers only, so that it keeps nothing alive.  The warning comes last, for it may be made an
-    # exception.
+    # exception.  What a child of os.fork forgets is its parent's.
     if os.getpid() == pid:
         os.close(fd)
-    warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
+        warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
 
 
 class Handle:

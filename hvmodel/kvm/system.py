@@ -156,8 +156,6 @@ class Kvm(Handle):
         if not 0 <= type < 1 << 64:
             raise ArgumentError("KVM_CREATE_VM", "type", type, "a KVM_X86_*_VM number")
         fd = lib.kvm_create_vm(self.fd, type)
-        while fd == -errno.EINTR:  # any pending signal, for it takes all locks of this process's memory; as QEMU does
-            fd = lib.kvm_create_vm(self.fd, type)
         if fd < 0:
             types = max(self.check_extension(lib.KVM_CAP_VM_TYPES), 1)
             known = [bit for bit in range(32) if types >> bit & 1]

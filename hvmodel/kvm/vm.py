@@ -129,12 +129,12 @@ class Vm(Handle):
         _uint("KVM_CREATE_VCPU", "id", id, 63)
         fd = lib.kvm_create_vcpu(self.fd, id)
         if fd < 0:
-            limit = self.check_extension(lib.KVM_CAP_MAX_VCPU_ID) or self.check_extension(lib.KVM_CAP_MAX_VCPUS)
+            limit = self._extension(lib.KVM_CAP_MAX_VCPU_ID) or self._extension(lib.KVM_CAP_MAX_VCPUS)
             detail = None
             if fd == -errno.EEXIST:
                 detail = "this VM has a vCPU with that id"
             elif fd == -errno.EINVAL and id < limit:
-                detail = f"too many vCPUs: at most {self.check_extension(lib.KVM_CAP_MAX_VCPUS)}"
+                detail = f"too many vCPUs: at most {self._extension(lib.KVM_CAP_MAX_VCPUS)}"
             raise self._refusal("KVM_CREATE_VCPU", -fd, "id", id, f"an unused id, 0 to {limit - 1}", detail)
         return Vcpu(fd, self, id)
 
@@ -247,7 +247,7 @@ class Vm(Handle):
         if rc == -errno.EINVAL:
             if size == 0 or size % 4096:
                 raise self._refusal(call, -rc, "size", size, "a multiple of 4096 bytes, not zero")
-            mask = max(self.check_extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS), 0)
+            mask = max(self._extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS), 0)
             if flags & ~mask:
                 raise self._refusal(call, -rc, "flags", flags, f"of mask {mask:#x}")
         return self._check(call, rc)
@@ -397,7 +397,7 @@ class Vm(Handle):
                 entry.u.msi.data = _uint(call, f"routes[{at}].data", row.data)
             else:
                 raise ArgumentTypeError(call, f"routes[{at}]", row, "an IrqRoute or MsiRoute")
-        limit = self.check_extension(lib.KVM_CAP_IRQ_ROUTING)
+        limit = self._extension(lib.KVM_CAP_IRQ_ROUTING)
         self._check(
             call, lib.kvm_set_gsi_routing(self.fd, table), "routes", len(rows), f"up to {limit} entries, gsi below that"
         )

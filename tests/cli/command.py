@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["COMMAND", "ENVIRONMENT", "hvmodel", "in_namespace", "is_one_sentence", "object_of", "start"]
+__all__ = [
+    "COMMAND",
+    "ENVIRONMENT",
+    "ROOT",
+    "feed",
+    "hvmodel",
+    "in_namespace",
+    "is_one_sentence",
+    "object_of",
+    "started",
+    "wait_for_vcpu",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "hvmodel"]
@@ -26,16 +39,38 @@ def hvmodel(*arguments: object, input: bytes = b"", cwd: Path | None = None) -> 
     return subprocess.run(words, input=input, capture_output=True, env=ENVIRONMENT, cwd=cwd, check=False, timeout=60)
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start the command, with pipes where `options` say nothing else."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+@contextlib.contextmanager
+def started(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The command while it runs, with pipes where `options` say nothing else; killed at the end."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # pytest may run with SIGINT ignored, which children inherit.
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         env=ENVIRONMENT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **{**pipes, **options},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def feed(process: subprocess.Popen[bytes], data: bytes) -> None:
+    """Give it `data` on stdin, and the end of file."""
+    assert process.stdin
+    process.stdin.write(data)
+    process.stdin.close()
+
+
+def wait_for_vcpu(process: subprocess.Popen[bytes]) -> None:
+    """Until it has made a vCPU; fails where it ends first."""
+    while True:
+        assert process.poll() is None
+        for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if "kvm-vcpu" in os.readlink(fd):
+                    return
 
 
 def object_of(done: subprocess.CompletedProcess[bytes]) -> Any:
@@ -50,7 +85,7 @@ def is_one_sentence(text: bytes) -> bool:
 
 
 def in_namespace(script: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
-    """Run `script` (sh), which sees the command as "$@", in a mount namespace of its own; skips where that is not allowed."""
+    """Run `script` (sh), to which "$@" is the command, in a mount namespace; skips where that is not allowed."""
     probe = subprocess.run(
         ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && : >/dev/null"],
         capture_output=True,
