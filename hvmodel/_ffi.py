@@ -15,11 +15,22 @@ from .value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Protocol
+
     from ._native import Lib
+
+    class Run(Protocol):
+        """The functions of native/pyrun.c."""
+
+        def install(self, cls: type, docs: dict[str, str], /) -> None:
+            """Give class Vcpu its methods run(), run_until() and kick(), with these docstrings."""
+
+        def forget_mmio(self) -> None:
+            """The memslots of a VM have changed."""
 
     IOCTLS: dict[str, Ioctl]
 
-__all__ = ["IOCTLS", "Ioctl", "ffi", "guests", "install_run", "lib"]
+__all__ = ["IOCTLS", "Ioctl", "ffi", "guests", "lib", "run"]
 
 _SCOPES = ((1, "system"), (2, "vm"), (4, "vcpu"), (8, "device"))
 
@@ -64,16 +75,15 @@ def guests() -> dict[str, bytes]:
     }
 
 
-def install_run(cls: type, docs: dict[str, str]) -> None:
-    """Give class Vcpu its methods run() and run_until() from native/pyrun.c, with their docstrings."""
-    # The same library holds a second module; the import system finds modules by file name, so it is told.
+def _load_run(path: str) -> Run:
+    # The library holds a second module, native/pyrun.c; the import system goes by file names, so it is told.
     from importlib.machinery import ExtensionFileLoader, ModuleSpec
 
     name = f"{__package__}._run"
-    loader = ExtensionFileLoader(name, _native_path)
-    module = loader.create_module(ModuleSpec(name, loader, origin=_native_path))
+    loader = ExtensionFileLoader(name, path)
+    module: Any = loader.create_module(ModuleSpec(name, loader, origin=path))
     loader.exec_module(module)
-    module.install(cls, docs)
+    return module  # type: ignore[no-any-return]  # a module has the functions of the protocol
 
 
 def _read_ioctls() -> dict[str, Ioctl]:
@@ -156,4 +166,4 @@ try:
 except ImportError as error:
     raise _explain(error, _root) from None
 _check(lib, _root)
-_native_path: str = sys.modules[f"{__package__}._native"].__file__ or ""
+run = _load_run(sys.modules[f"{__package__}._native"].__file__ or "")

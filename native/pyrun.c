@@ -37,6 +37,52 @@ static struct known *find(int64_t word)
 	return &known[hash >> 52];
 }
 
+/*
+ * The same for MMIO exits, whose address and data do not fit into a word.  What they are depends on
+ * the VM's memslots (an access inside one is a host fault), so the table is forgotten when any VM's
+ * slots change.
+ */
+#define NR_KNOWN_MMIO 1024
+
+struct known_mmio {
+	struct hv_vcpu *v;
+	uint64_t gpa;
+	uint64_t data;
+	uint64_t size_and_direction;
+	PyObject *exit;
+};
+
+static struct known_mmio known_mmio[NR_KNOWN_MMIO];
+
+static struct known_mmio *find_mmio(struct hv_vcpu *v, struct known_mmio *wanted)
+{
+	const struct kvm_run_mmio *mmio = &v->exit->mmio;
+	uint64_t hash;
+
+	*wanted = (struct known_mmio){.v = v, .gpa = mmio->phys_addr};
+	wanted->size_and_direction = mmio->len | (uint64_t)mmio->is_write << 32;
+	if (mmio->is_write)
+		memcpy(&wanted->data, mmio->data, mmio->len < 8 ? mmio->len : 8);
+	hash = (wanted->gpa ^ wanted->data << 20 ^ wanted->size_and_direction ^ (uintptr_t)v >> 4) *
+	       0x9e3779b97f4a7c15u;
+	return &known_mmio[hash >> 54];
+}
+
+static PyObject *forget_mmio(PyObject *module, PyObject *unused)
+{
+	(void)module;
+	(void)unused;
+	for (int i = 0; i < NR_KNOWN_MMIO; i++) {
+		PyObject *exit = known_mmio[i].exit;
+
+		if (!exit)
+			continue;
+		known_mmio[i].exit = NULL;
+		Py_DecRef(exit);
+	}
+	Py_RETURN_NONE;
+}
+
 static struct hv_vcpu *vcpu_of(PyObject *self)
 {
 	PyObject *address = PyObject_GetAttr(self, name_address);
@@ -51,34 +97,70 @@ static struct hv_vcpu *vcpu_of(PyObject *self)
 	return v;
 }
 
+/* Put `exit` where an older one may be. */
+static void replace(PyObject **place, PyObject *exit)
+{
+	PyObject *old = *place;
+
+	Py_IncRef(exit);
+	*place = exit;
+	if (old)
+		Py_DecRef(old);
+}
+
+static PyObject *ask_python(PyObject *self, int64_t word)
+{
+	PyObject *number = PyLong_FromLongLong(word);
+	PyObject *exit;
+
+	if (!number)
+		return NULL;
+	exit = PyObject_CallMethodObjArgs(self, name_exit, number, NULL);
+	Py_DecRef(number);
+	return exit;
+}
+
+static PyObject *mmio_exit(PyObject *self, struct hv_vcpu *v, int64_t word)
+{
+	struct known_mmio wanted, *entry = find_mmio(v, &wanted);
+	PyObject *exit;
+
+	if (entry->exit && entry->v == v && entry->gpa == wanted.gpa &&
+	    entry->data == wanted.data && entry->size_and_direction == wanted.size_and_direction) {
+		Py_IncRef(entry->exit);
+		return entry->exit;
+	}
+	exit = ask_python(self, word);
+	if (exit) {
+		wanted.exit = entry->exit;
+		*entry = wanted;
+		replace(&entry->exit, exit);
+	}
+	return exit;
+}
+
 static PyObject *run_until(PyObject *self, int64_t deadline)
 {
 	struct hv_vcpu *v = vcpu_of(self);
-	PyObject *number, *exit;
 	struct known *entry;
+	PyObject *exit;
 	int64_t word;
 
 	if (!v)
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS word = hv_run_until(v, deadline);
-	Py_END_ALLOW_THREADS entry = find(word);
+	Py_END_ALLOW_THREADS if (word < 0) return ask_python(self, word);
+	if ((word & 0xff) == KVM_EXIT_MMIO)
+		return mmio_exit(self, v, word);
+	entry = find(word);
 	if (entry->exit && entry->word == word) {
 		Py_IncRef(entry->exit);
 		return entry->exit;
 	}
-	number = PyLong_FromLongLong(word);
-	if (!number)
-		return NULL;
-	exit = PyObject_CallMethodObjArgs(self, name_exit, number, NULL);
-	Py_DecRef(number);
-	if (exit && word >= 0 && !(word & HV_WORD_COMPLEX)) {
-		PyObject *old = entry->exit;
-
-		Py_IncRef(exit);
+	exit = ask_python(self, word);
+	if (exit && !(word & HV_WORD_COMPLEX)) {
 		entry->word = word;
-		entry->exit = exit;
-		if (old)
-			Py_DecRef(old);
+		replace(&entry->exit, exit);
 	}
 	return exit;
 }
@@ -181,6 +263,8 @@ static PyObject *install(PyObject *module, PyObject *args)
 static PyMethodDef functions[] = {
 	{"install", install, METH_VARARGS,
 	 "install(cls, docs): give class Vcpu run(), run_until() and kick()"},
+	{"forget_mmio", forget_mmio, METH_NOARGS,
+	 "forget_mmio(): the memslots of a VM have changed"},
 	{NULL, NULL, 0, NULL},
 };
 

@@ -736,12 +736,11 @@ static void keep_exit(struct hv_vcpu *v)
 }
 
 /* The exit in the kvm_run page as a word; notes what the next entry will have to finish. */
-static int64_t pack_exit(struct hv_vcpu *v)
+static int64_t exit_word(struct hv_vcpu *v)
 {
 	struct kvm_run *run = v->run;
 	int64_t word = run->exit_reason;
 
-	keep_exit(v);
 	switch (run->exit_reason) {
 	case KVM_EXIT_IO: {
 		uint32_t data = 0;
@@ -778,6 +777,15 @@ static int64_t pack_exit(struct hv_vcpu *v)
 	default:
 		return word | HV_WORD_COMPLEX;
 	}
+}
+
+static int64_t pack_exit(struct hv_vcpu *v)
+{
+	int64_t word = exit_word(v);
+
+	if ((word & HV_WORD_COMPLEX) || v->unanswered)
+		keep_exit(v);
+	return word;
 }
 
 /* Why KVM_RUN answered EINTR, or why it was not entered; 0: no reason. */

@@ -14,8 +14,10 @@ int64_t floor_exits(struct floor_vm *v, uint64_t nr)
 	int64_t sum = 0;
 
 	for (uint64_t i = 0; i < nr; i++) {
-		if (ioctl(v->vcpu, KVM_RUN, 0) < 0)
-			return -errno;
+		while (ioctl(v->vcpu, KVM_RUN, 0) < 0)
+			if (errno !=
+			    EINTR) /* a signal that was meant for another vCPU of this thread */
+				return -errno;
 		switch (run->exit_reason) {
 		case KVM_EXIT_IO:
 			if (run->io.direction != KVM_EXIT_IO_OUT || run->io.port != PORT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from operator import itemgetter
 
-from .._ffi import lib
+from .._ffi import lib, run
 from ..units import PAGE_SIZE
 from ..value import Value
 
@@ -59,6 +59,7 @@ class _SlotMap:
     def _sort(self) -> None:
         ordered = sorted([(s.gpa, s) for s in self.slots.values() if s.slot < 1 << 16], key=_first)
         self._sorted = (tuple([gpa for gpa, _ in ordered]), tuple([s for _, s in ordered]))
+        run.forget_mmio()
 
     def at(self, gpa: int) -> MemSlot | None:
         starts, ordered = self._sorted

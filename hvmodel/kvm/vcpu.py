@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 from weakref import finalize
 
-from .._ffi import ffi, install_run, lib
+from .. import _ffi
+from .._ffi import ffi, lib
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -437,7 +438,8 @@ class Vcpu(Handle):
     def set_cpuid2(self, entries: Iterable[CpuidEntry] | kvm_cpuid2) -> None:
         """KVM_SET_CPUID2: what CPUID shows the guest; entries, or a `struct kvm_cpuid2 *` as Kvm hands it out.
 
-        KvmError: EINVAL the vCPU has run and the leaves differ, E2BIG more than 256.
+        KvmError: EINVAL the vCPU has run and the leaves differ, or leaf 0x80000008 gives addresses of an unknown width;
+        E2BIG more than 256.
         """
         call = "KVM_SET_CPUID2"
         table: Any = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
@@ -445,7 +447,9 @@ class Vcpu(Handle):
             rc = lib.kvm_set_cpuid2(self.fd, table)
         except TypeError:
             raise ArgumentTypeError(call, "entries", entries, "CpuidEntry values or a 'struct kvm_cpuid2 *'") from None
-        detail = "the vCPU has run, and its leaves cannot change any more" if rc == -errno.EINVAL else None
+        detail = None
+        if rc == -errno.EINVAL:
+            detail = "once the vCPU has run they cannot change; leaf 0x80000008 has 48 or 57 bits of virtual address"
         self._check(call, rc, None, None, None, detail)
 
     def get_cpuid2(self) -> list[CpuidEntry]:
@@ -511,6 +515,6 @@ def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
 
 # run(), run_until() and kick() as C methods, for the common path; what stands above says what they do.
 _SIGNATURES = {"run": "($self, /, timeout=None)", "run_until": "($self, deadline_ns, /)", "kick": "($self, /)"}
-install_run(
+_ffi.run.install(
     Vcpu, {name: f"{name}{text}\n--\n\n{getattr(Vcpu, name).__doc__}" for name, text in _SIGNATURES.items()}
 )

@@ -120,16 +120,8 @@ def test_the_speaker_port_of_the_timer(guest: GuestMaker) -> None:
 
 def test_routes(vm: Vm) -> None:
     vm.create_irqchip()
-    for wrong in (
-        None,
-        5,
-        [5],
-        [None],
-        [(0, 0, 0)],
-        [IrqRoute(-1, 0, 0)],
-        [IrqRoute(0, "x", 0)],
-        [MsiRoute(0, 1 << 64, 0)],
-    ):
+    rows = (5, None, (0, 0, 0), IrqRoute(-1, 0, 0), IrqRoute(0, "x", 0), MsiRoute(0, 1 << 64, 0), MsiRoute(0, 0, -1))
+    for wrong in (None, 5, *([row] for row in rows)):
         with pytest.raises((HvError, TypeError)) as error:
             vm.set_gsi_routing(wrong)
         assert not isinstance(error.value, OSError)
@@ -143,7 +135,7 @@ def test_routes(vm: Vm) -> None:
     vm.set_gsi_routing([])
     vm.irq_line(3, 0)
     vm.irq_line(4, 1)
-    assert vm.get_irqchip(0).chip.pic.irr == 0
+    assert vm.get_irqchip(0).chip.pic.irr & 1 << 4 == 0
 
 
 def test_resampling(guest: GuestMaker, eventfd: int) -> None:
@@ -212,6 +204,7 @@ def test_ioeventfds_match_size_value_and_space(guest: GuestMaker, eventfd: int) 
     g.vm.ioeventfd(eventfd, 0x10, 1, pio=True, datamatch=0x42)
     g.load(code)
     assert g.run() == IoOut(0x10, 1, 1, b"A")
+    g.vm.ioeventfd(eventfd, 0x10, 1, pio=True, datamatch=0x42, deassign=True)
     g.vm.ioeventfd(eventfd, 0x10, 0, pio=True)  # any size, any value
     g.load(code)
     assert g.run() == IoOut(0x11, 1, 1, b"A")
