@@ -213,20 +213,22 @@ def default_action(rounds: int) -> None:
 @program
 def storm(rounds: int) -> None:
     """A Ctrl-C among many other signals is not lost, whichever handler it interrupts."""
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    import faulthandler
+
     parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        while os.getppid() == parent:
-            os.kill(parent, signal.SIGUSR1)
-    try:
-        with guest() as machine:
-            lib.hv_chain_signals()
+    with guest() as machine, open(os.devnull, "w") as null:  # noqa: PTH123
+        faulthandler.register(signal.SIGUSR1, file=null)  # a handler that takes its time
+        lib.hv_chain_signals()
+        child = os.fork()
+        if child == 0:
+            while os.getppid() == parent:
+                os.kill(parent, signal.SIGUSR1)
+        try:
             sender = Sender(signal.SIGINT, 0.0005)
             interrupted(rounds, machine.vcpu.kvm.run, sender.asked.release)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @program
