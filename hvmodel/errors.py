@@ -72,15 +72,16 @@ class ArgumentError(HvError, ValueError):
 
 
 class ArgumentTypeError(HvError, TypeError):
-    """An argument of the wrong type: `call`, `field`, `value` (its repr), `accepted`."""
+    """An argument of the wrong type: `call`, `field`, `value` (or its repr), `accepted`, `got` (its type, and it)."""
 
-    def __init__(self, call: str, field: str, value: object, accepted: str) -> None:
+    def __init__(self, call: str, field: str, value: object, accepted: str, got: str | None = None) -> None:
         self.call, self.field, self.accepted = call, field, accepted
         self.value = value if isinstance(value, str | int | float | bytes | None) else repr(value)
-        super().__init__(f"{call}: {field}: expected {accepted}, got {type(value).__name__} {_show(value)}")
+        self.got = got if got is not None else f"{type(value).__name__} {_show(value)}"
+        super().__init__(f"{call}: {field}: expected {accepted}, got {self.got}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.call, self.field, self.value, self.accepted)
+        return type(self), (self.call, self.field, self.value, self.accepted, self.got)
 
 
 class ClosedError(HvError, ValueError):

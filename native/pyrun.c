@@ -7,7 +7,8 @@
  * several times what it costs in a loop of its own: a call through cffi, a Python frame and a
  * dictionary look-up are half of a real-mode exit.  So the common path is here: release the GIL,
  * hv_run_until(), and hand out the exit object that was made when the same exit word was first
- * seen.  Everything else is Python's: Vcpu._exit(word), Vcpu._run_for(timeout).
+ * seen.  Everything else is Python's: Vcpu._exit(word), Vcpu._run_for(timeout) and
+ * Vcpu._run_by(deadline).
  */
 #if !defined(Py_GIL_DISABLED)
 #define Py_LIMITED_API 0x030b0000
@@ -28,7 +29,8 @@ struct known {
 };
 
 static struct known known[NR_KNOWN];
-static PyObject *name_address, *name_exit, *name_run_for, *name_timeout, *name_kick_closed;
+static PyObject *name_address, *name_exit, *name_run_for, *name_run_by, *name_timeout,
+	*name_kick_closed;
 
 static struct known *find(int64_t word)
 {
@@ -194,11 +196,12 @@ static PyObject *method_run(PyObject *self, PyObject *const *args, Py_ssize_t na
 
 static PyObject *method_run_until(PyObject *self, PyObject *arg)
 {
-	long long deadline = PyLong_AsLongLong(arg);
+	long long deadline = PyLong_CheckExact(arg) ? PyLong_AsLongLong(arg) : -1;
 
-	if (deadline == -1 && PyErr_Occurred())
-		return NULL;
-	return run_until(self, deadline);
+	if (deadline >= 0)
+		return run_until(self, deadline);
+	PyErr_Clear();
+	return PyObject_CallMethodObjArgs(self, name_run_by, arg, NULL);
 }
 
 #define KICK_WAIT_NS 1000000
@@ -281,9 +284,11 @@ PyMODINIT_FUNC PyInit__run(void)
 	name_address = PyUnicode_InternFromString("_address");
 	name_exit = PyUnicode_InternFromString("_exit");
 	name_run_for = PyUnicode_InternFromString("_run_for");
+	name_run_by = PyUnicode_InternFromString("_run_by");
 	name_timeout = PyUnicode_InternFromString("timeout");
 	name_kick_closed = PyUnicode_InternFromString("_kick_closed");
-	if (!name_kick_closed || !name_address || !name_exit || !name_run_for || !name_timeout)
+	if (!name_kick_closed || !name_address || !name_exit || !name_run_for || !name_run_by ||
+	    !name_timeout)
 		return NULL;
 	return PyModule_Create(&definition);
 }

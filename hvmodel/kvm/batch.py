@@ -9,12 +9,13 @@ is how serial output and exit traces cost no Python per exit.
 
 from __future__ import annotations
 
+import errno
 from _thread import allocate_lock
 from struct import Struct
 from weakref import ref
 
 from .._ffi import ffi, lib
-from ..errors import ArgumentError, ArgumentTypeError, BusyError
+from ..errors import ArgumentError, ArgumentTypeError, BusyError, HostError
 from ..value import Value
 
 TYPE_CHECKING = False
@@ -56,13 +57,20 @@ def _ring_capacity(call: str, capacity: object) -> int:
     return capacity
 
 
+def _allocate(call: str, ctype: str, capacity: int) -> Any:
+    try:
+        return ffi.new(ctype, capacity)
+    except MemoryError:
+        raise HostError(errno.ENOMEM, call, "capacity", capacity, "what the host's memory has room for") from None
+
+
 class _Ring:
     # struct hv_ring and its bytes.
     __slots__ = ("_batch", "_bytes", "_lock", "_ring")
 
     def __init__(self, capacity: int) -> None:
         call = type(self).__name__
-        self._bytes = ffi.new("uint8_t[]", _ring_capacity(call, capacity))
+        self._bytes = _allocate(call, "uint8_t[]", _ring_capacity(call, capacity))
         self._ring = ffi.new("struct hv_ring *", {"data": self._bytes, "capacity": capacity})
         # The ring has one producer and one consumer: C, in the one batch that uses it, and we, in one thread at a time.
         self._batch: ref[Batch] | None = None
@@ -136,6 +144,8 @@ class Feed(_Ring):
         super().__init__(capacity)
         _policy("Feed", "on_empty", on_empty)
         self.on_empty = on_empty
+        if isinstance(data, memoryview):
+            data = bytes(data)
         if self.write(data) != len(data):
             raise ArgumentError("Feed", "data", len(data), f"up to capacity={capacity} bytes")
 
@@ -143,6 +153,8 @@ class Feed(_Ring):
         """Append `data`; how many bytes had room."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise ArgumentTypeError("Feed.write", "data", data, "bytes")
+        if isinstance(data, memoryview) and not data.c_contiguous:
+            data = bytes(data)
         with self._lock, ffi.from_buffer("uint8_t[]", data) as source:
             return lib.hv_ring_write(self._ring, source, len(source))
 
@@ -213,7 +225,7 @@ class Batch:
         self._capacity = 0
         self._timestamps = False
         self._vcpu: Vcpu | None = None
-        self._unclaimed: dict[str, str] = {}
+        self._unclaimed = {"unclaimed_pio": "stop", "unclaimed_mmio": "stop"}
         self._max_exits = 0
         self.configure(unclaimed_pio=unclaimed_pio, unclaimed_mmio=unclaimed_mmio, max_exits=max_exits)
 
@@ -393,7 +405,7 @@ class Batch:
         if not 0 <= capacity <= 1 << 32:
             raise ArgumentError("Batch.record", "capacity", capacity, "0 to 2**32 records")
         old = self._records, self._capacity, self._timestamps
-        self._records = ffi.new("struct hv_record[]", capacity) if capacity else None
+        self._records = _allocate("Batch.record", "struct hv_record[]", capacity) if capacity else None
         self._capacity, self._timestamps = capacity, bool(timestamps)
         try:
             self._publish()

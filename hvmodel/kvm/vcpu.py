@@ -206,7 +206,10 @@ class Vcpu(Handle):
 
     def run_until(self, deadline_ns: int) -> Exit:
         """run() with a deadline: CLOCK_MONOTONIC (time.monotonic_ns) in ns; 0: none."""
-        return self._exit(_run_until(self._c, deadline_ns))
+        return self._run_by(deadline_ns)
+
+    def _run_by(self, deadline_ns: int) -> Exit:
+        return self._exit(_run_until(self._c, _uint("Vcpu.run_until", "deadline_ns", deadline_ns, 63)))
 
     def _run_for(self, timeout: float | None) -> Exit:
         return self._exit(_run(self._c, _timeout_ns("Vcpu.run", timeout)))

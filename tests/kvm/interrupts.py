@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 
 import hvmodel as hv
 from hvmodel._ffi import lib
@@ -216,14 +217,16 @@ def storm(rounds: int) -> None:
     import faulthandler
 
     parent = os.getpid()
-    with guest() as machine, open(os.devnull, "w") as null:  # noqa: PTH123
-        faulthandler.register(signal.SIGUSR1, file=null)  # a handler that takes its time
+    with guest() as machine, TemporaryFile("w+") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)  # a handler that takes its time
         lib.hv_chain_signals()
         child = os.fork()
         if child == 0:
             while os.getppid() == parent:
                 os.kill(parent, signal.SIGUSR1)
         try:
+            while not os.fstat(file.fileno()).st_size:
+                time.sleep(1e-3)
             sender = Sender(signal.SIGINT, 0.0005)
             interrupted(rounds, machine.vcpu.kvm.run, sender.asked.release)
         finally:
