@@ -240,17 +240,16 @@ def ioctl_header() -> str:
     ]
     for row in read_table():
         argument = "arg" if row.parameter else "0"
+        call = f"r = ioctl(fd, {row.name}, {argument});"
+        # KVM_CREATE_VM gives up at any pending signal; only to KVM_RUN an interruption means something.
+        issue = ["\tint r;", "", "\tdo", f"\t\t{call}", "\twhile (r < 0 && errno == EINTR);"]
+        if row.name == "KVM_RUN":
+            issue = [f"\tint {call}", ""]
         out += [
             f"#define {row.name} {row.macro}",
             f"static inline {prototype(row)}",
             "{",
-            # KVM_CREATE_VM gives up at any pending signal; only to KVM_RUN an interruption means something.
-            *(
-                [f"\tint r = ioctl(fd, {row.name}, {argument});", ""]
-                if row.name == "KVM_RUN"
-                else ["\tint r;", "", "\tdo", f"\t\tr = ioctl(fd, {row.name}, {argument});"]
-                + ["\twhile (r < 0 && errno == EINTR);"]
-            ),
+            *issue,
             "\treturn r < 0 ? -errno : r;",
             "}",
             "",
