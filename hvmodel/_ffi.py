@@ -1,8 +1,11 @@
 """The one door to the compiled extension: `ffi` and `lib`, the ioctl table and the shipped guests.
 
 `lib` has one function per ioctl, named as the ioctl in lower case: `lib.kvm_get_regs(fd, regs)`.  Each returns what the
-kernel returned, or -errno.  Importing this module raises `BuildError`, whose sentence says what to run, where the
-extension is missing, older than the sources beside the package, or of no use on this platform.
+kernel returned, or -errno.  Another struct's pointer is a TypeError; but cffi takes an empty list or array for a
+pointer too, and the kernel would write behind it: `ioctl` of the handles refuses those, `lib` does not.
+
+Importing this module raises `BuildError`, whose sentence says what to run, where the extension is missing, older than
+the sources beside the package, or of no use on this platform.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 from _thread import allocate_lock
 from struct import Struct
+from struct import error as StructError
 from weakref import ref
 
 from .._ffi import ffi, lib
@@ -139,7 +140,11 @@ class Feed(_Ring):
     __slots__ = ("on_empty",)
 
     def __init__(
-        self, data: bytes = b"", *, capacity: int = 1 << 16, on_empty: Literal["stop", "ignore"] | int = "stop"
+        self,
+        data: bytes | bytearray | memoryview = b"",
+        *,
+        capacity: int = 1 << 16,
+        on_empty: Literal["stop", "ignore"] | int = "stop",
     ) -> None:
         super().__init__(capacity)
         _policy("Feed", "on_empty", on_empty)
@@ -149,7 +154,7 @@ class Feed(_Ring):
         if self.write(data) != len(data):
             raise ArgumentError("Feed", "data", len(data), f"up to capacity={capacity} bytes")
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data`; how many bytes had room."""
         if not isinstance(data, bytes | bytearray | memoryview):
             raise ArgumentTypeError("Feed.write", "data", data, "bytes")
@@ -191,8 +196,14 @@ class ExitRecord(Value):
 
 def iter_records(records: bytes | bytearray | memoryview) -> Iterator[ExitRecord]:
     """The exits in a buffer from `Batch.take_records()`, without numpy."""
-    for row in _RECORD.iter_unpack(records):
-        time_ns, rip, address, data, reason, count, size, is_write, policy = row
+    try:
+        rows = _RECORD.iter_unpack(records)
+    except (TypeError, BufferError):
+        raise ArgumentTypeError("iter_records", "records", records, "bytes") from None
+    except StructError:
+        accepted = f"whole records of {_RECORD.size} bytes"
+        raise ArgumentError("iter_records", "records", len(records), accepted) from None
+    for time_ns, rip, address, data, reason, count, size, is_write, policy in rows:
         yield ExitRecord(time_ns, rip, address, data, reason, count, size, bool(is_write), _POLICY_NAMES[policy])
 
 

@@ -288,7 +288,7 @@ class StructItem(Generic[T]):
     def __set__(self, handle: Handle, value: T) -> None:
         if self._put is None or self.put is None:
             raise AttributeError(f"{self._name} is read-only")
-        # cffi would take a list too, and for an empty one passes whatever is on the stack.
+        # cffi would take a list too, and pass as little of the stack as that is long.
         if not isinstance(value, ffi.CData) or ffi.typeof(value) != self._ctype or not value:
             raise ArgumentTypeError(self._name, "value", value, f"a {self._ctype.cname!r}")
         rc = self._put(handle._fd, value)

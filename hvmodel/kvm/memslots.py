@@ -6,6 +6,7 @@ KVM_SET_USER_MEMORY_REGION, for which the kernel says only EINVAL.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from operator import itemgetter
 
@@ -70,11 +71,12 @@ class _SlotMap:
 
 
 def explain_region(
-    vm_fd: int, slots: dict[int, MemSlot], slot: int, gpa: int, size: int, hva: int, flags: int
+    vm_fd: int, slots: dict[int, MemSlot], slot: int, gpa: int, size: int, hva: int, flags: int, err: int = 0
 ) -> tuple[str, object, str, str] | None:
     """Which field of a refused memslot is at fault: (field, value, accepted, detail), or None where none is found.
 
-    Follows the order in which the kernel checks, but for what depends on the processor, which comes last.  Source:
+    `err`: the errno, if known; EINVAL is never an overlap.  Follows the order in which the kernel checks, but for what
+    depends on the processor, which comes last.  Source:
     linux:virt/kvm/kvm_main.c kvm_set_memory_region@v6.18.
     """
     old = slots.get(slot)
@@ -112,7 +114,7 @@ def explain_region(
             return "hva", hva, f"{old.hva:#x}, as it is", "a slot's memory cannot be changed: delete it first"
         if (flags ^ old.flags) & 2:
             return "flags", flags, "KVM_MEM_READONLY as it is", "READONLY cannot be toggled: delete the slot first"
-    for other in slots.values():
+    for other in slots.values() if err != errno.EINVAL else ():
         if other.slot != slot and other.slot >> 16 == slot >> 16 and gpa < other.end and other.gpa < gpa + size:
             return (
                 "gpa",

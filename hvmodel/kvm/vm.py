@@ -224,7 +224,7 @@ class Vm(Handle):
     def _region_refusal(self, err: int, slot: int, gpa: int, size: int, hva: int, flags: int) -> HvError:
         fault = None
         if err in (errno.EINVAL, errno.EEXIST):
-            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags)
+            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags, err)
         return self._refusal("KVM_SET_USER_MEMORY_REGION", err, *(fault or (None, None, None, None)))
 
     def _unpin(self, slot: int) -> None:

@@ -13,13 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 
 import hvmodel as hv
 from hvmodel._ffi import lib
 
 SPIN = b"\xeb\xfe"  # jmp $
 PORTS = bytes.fromhex("e680 ebfc")  # out 0x80, al for ever
+
+# A handler in C, that Python's signal module does not know: it takes 50 us.
+SLOW = r"""
+#include <signal.h>
+#include <time.h>
+volatile int calls;
+static long now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_nsec; }
+static void slow(int number) { long begin = now(); while (number && (now() - begin + 1000000000) % 1000000000 < 50000); calls++; }
+int install(int number) { struct sigaction a = { .sa_handler = slow }; return sigaction(number, &a, 0); }
+"""
 programs: dict[str, Callable[[int], None]] = {}
 
 
@@ -43,7 +53,8 @@ class Sender(threading.Thread):
         super().__init__(daemon=True)
         self.number, self.spread = number, spread
         self.send = send or (lambda number: os.kill(os.getpid(), number))
-        self.asked = threading.Semaphore(0)
+        self.asked = threading.Lock()  # of C: an exception cannot leave it half released
+        self.asked.acquire()
         self.start()
 
     def run(self) -> None:
@@ -213,19 +224,26 @@ def default_action(rounds: int) -> None:
 
 @program
 def storm(rounds: int) -> None:
-    """A Ctrl-C among many other signals is not lost, whichever handler it interrupts."""
-    import faulthandler
+    """A Ctrl-C that comes while the handler of another signal is at work is not lost."""
+    import ctypes
+    import subprocess
 
+    with TemporaryDirectory() as directory:
+        library = f"{directory}/slow.so"
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-O", "-x", "c", "-o", library, "-"], input=SLOW, text=True, check=True
+        )
+        slow = ctypes.CDLL(library)
     parent = os.getpid()
-    with guest() as machine, TemporaryFile("w+") as file:
-        faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)  # a handler that takes its time
+    with guest() as machine:
+        slow.install(signal.SIGUSR1)
         lib.hv_chain_signals()
         child = os.fork()
         if child == 0:
             while os.getppid() == parent:
                 os.kill(parent, signal.SIGUSR1)
         try:
-            while not os.fstat(file.fileno()).st_size:
+            while not ctypes.c_int.in_dll(slow, "calls").value:
                 time.sleep(1e-3)
             sender = Sender(signal.SIGINT, 0.0005)
             interrupted(rounds, machine.vcpu.kvm.run, sender.asked.release)

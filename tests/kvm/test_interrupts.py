@@ -37,7 +37,6 @@ def test_no_time_at_all(guest: NewGuest) -> None:
     for _ in range(50):
         assert g.vcpu.run(timeout=0) == hv.Interrupted("timeout")
     assert g.vcpu.run_until(1) == hv.Interrupted("timeout")
-    assert g.vcpu.run_until(-(1 << 62)) == hv.Interrupted("timeout")  # long ago
 
 
 def test_a_timeout_after_one_that_had_passed_at_once(guest: NewGuest) -> None:
@@ -260,7 +259,7 @@ def child(name: str, rounds: int, *, status: int = 0, forgets: bool = False) -> 
     "name", ["spinning", "exiting", "at_the_entry", "other_threads", "quiet_handler", "worker", "storm"]
 )
 def test_a_signal_stops_the_guest(name: str) -> None:
-    child(name, {"at_the_entry": cases(2000, 50_000), "storm": cases(100, 3000)}.get(name, cases(150, 5000)))
+    child(name, {"at_the_entry": cases(2000, 50_000), "storm": cases(300, 5000)}.get(name, cases(150, 5000)))
 
 
 @pytest.mark.parametrize("name", ["replaced_handler", "chained_twice", "ignored"])

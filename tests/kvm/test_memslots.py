@@ -250,9 +250,9 @@ def test_a_field_is_blamed_exactly_when_the_kernel_refuses(changes: list[tuple[i
             hva = at if at >= 1 << 46 else memory.hva + at
             region = {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": size, "userspace_addr": hva}
             before = vm.memslots
-            fault = explain_region(vm.fd, before, slot, gpa, size, hva, flags)
             pointer = ffi.new("struct kvm_userspace_memory_region *", region)
             err = -min(lib.kvm_set_user_memory_region(vm.fd, pointer), 0)
+            fault = explain_region(vm.fd, before, slot, gpa, size, hva, flags, err)
             if err:
                 assert err in (errno.EINVAL, errno.EEXIST)
                 assert fault is not None, f"{region} was refused and is not explained: {before}"
@@ -263,5 +263,6 @@ def test_a_field_is_blamed_exactly_when_the_kernel_refuses(changes: list[tuple[i
                 assert vm.memslots == before
             else:
                 vm._note(slot, gpa, size, hva, flags)
+                assert vm.memslots.get(slot) == (MemSlot(slot, gpa, size, hva, flags) if size else None)
                 if hva + size <= everywhere[0] and gpa + size <= everywhere[1]:
                     assert fault is None, f"{region} was taken: {fault}"

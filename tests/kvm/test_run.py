@@ -826,10 +826,13 @@ def test_arguments_of_run_and_run_until(guest: Callable[..., Guest]) -> None:
         lambda: vcpu.run_until(),
         lambda: vcpu.run_until("x"),
         lambda: vcpu.run_until(1.5),
+        lambda: vcpu.run_until(True),
         lambda: vcpu.kick(1),
     ):
         with pytest.raises(TypeError):
             call()
-    with pytest.raises(OverflowError):
-        vcpu.run_until(1 << 64)
+    for deadline in (-1, 1 << 63, 1 << 64):
+        with pytest.raises(hv.ArgumentError) as caught:
+            vcpu.run_until(deadline)
+        assert (caught.value.call, caught.value.field) == ("Vcpu.run_until", "deadline_ns")
     assert vcpu.run(timeout=None) == hv.Hlt()

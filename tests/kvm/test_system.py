@@ -217,7 +217,7 @@ def test_types_of_vms(kvm: Kvm) -> None:
 def test_a_vm_is_made_though_signals_come_in(kvm: Kvm) -> None:
     # The kernel gives up (EINTR) while any signal is pending; so would every other VM in this storm.
     old = signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
         for _ in range(100):
             with kvm.create_vm() as vm:
