@@ -17,7 +17,7 @@ every other ioctl goes through `ioctl("KVM_…", arg)`.
 from __future__ import annotations
 
 from .. import _ffi
-from .._ffi import Ioctl, ffi, lib
+from .._ffi import Ioctl, ffi
 from .batch import RECORD_DTYPE, Batch, Capture, ExitRecord, Feed, iter_records
 from .cpuid import CpuidEntry
 from .device import Device
@@ -60,7 +60,6 @@ __all__ = [
     "ffi",
     "fields",
     "iter_records",
-    "lib",
     "vendor_module",
     *_exits,
 ]

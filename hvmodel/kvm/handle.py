@@ -263,8 +263,8 @@ class StructItem(Generic[T]):
         self.get, self.put, self.struct = get, put, struct
         self.__doc__ = doc
         self._ctype = ffi.typeof(f"struct {struct} *")
-        self._get = getattr(lib, get.lower()) if get else None
-        self._put = getattr(lib, put.lower()) if put else None
+        self._get: Any = getattr(lib, get.lower()) if get else None
+        self._put: Any = getattr(lib, put.lower()) if put else None
         self._name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -277,23 +277,31 @@ class StructItem(Generic[T]):
     def __get__(self, handle: Handle | None, owner: type) -> StructItem[T] | T:  # noqa: F811
         if handle is None:
             return self
-        if self._get is None or self.get is None:
+        if self.get is None:
             raise AttributeError(f"{self._name} can only be set")
-        value: T = ffi.new(self._ctype)
-        rc = self._get(handle._fd, value)
+        rc, value = self._fetch(handle)
         if rc < 0:
             raise handle._refusal(self.get, -rc)
         return value
 
     def __set__(self, handle: Handle, value: T) -> None:
-        if self._put is None or self.put is None:
+        if self.put is None:
             raise AttributeError(f"{self._name} is read-only")
         # cffi would take a list too, and pass as little of the stack as that is long.
         if not isinstance(value, ffi.CData) or ffi.typeof(value) != self._ctype or not value:
             raise ArgumentTypeError(self._name, "value", value, f"a {self._ctype.cname!r}")
-        rc = self._put(handle._fd, value)
+        rc = self._store(handle, value)
         if rc < 0:
             raise handle._refusal(self.put, -rc)
+
+    def _fetch(self, handle: Handle) -> tuple[int, T]:
+        # The ioctls themselves, for structs whose size depends on the VM to do otherwise.
+        value: T = ffi.new(self._ctype)
+        return self._get(handle._fd, value), value
+
+    def _store(self, handle: Handle, value: T) -> int:
+        rc: int = self._put(handle._fd, value)
+        return rc
 
 
 def fields(struct: Any) -> dict[str, Any]:

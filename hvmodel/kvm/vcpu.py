@@ -66,6 +66,7 @@ _COMPLEX: int = lib.HV_WORD_COMPLEX
 _KICK_WAIT_NS = 1_000_000
 _CLOSE_WAIT_NS = 10_000_000_000
 _MAX_TIMEOUT = 1e9
+_XSAVE_SIZE = 4096
 _EHWPOISON = 133  # the errno module of Python 3.11 lacks it
 
 _CAUSES = {
@@ -128,6 +129,26 @@ class Translation(Value):
     valid: bool
     writeable: bool
     usermode: bool
+
+
+class _XsaveItem(StructItem["kvm_xsave"]):
+    # KVM_SET_XSAVE reads as many bytes as KVM_CAP_XSAVE2 says: more than the struct has, where the process has asked for
+    # AMX in guests (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM).
+    @staticmethod
+    def _new(handle: Handle) -> kvm_xsave:
+        size = max(handle._extension(lib.KVM_CAP_XSAVE2), _XSAVE_SIZE)
+        return ffi.new("struct kvm_xsave *", {"extra": (size - _XSAVE_SIZE + 3) // 4})
+
+    def _fetch(self, handle: Handle) -> tuple[int, kvm_xsave]:
+        area = self._new(handle)
+        if ffi.sizeof(area[0]) > _XSAVE_SIZE:
+            return lib.kvm_get_xsave2(handle._fd, area), area
+        return lib.kvm_get_xsave(handle._fd, area), area
+
+    def _store(self, handle: Handle, value: kvm_xsave) -> int:
+        area = self._new(handle)
+        ffi.memmove(area, value, min(ffi.sizeof(area[0]), ffi.sizeof(value[0])))
+        return lib.kvm_set_xsave(handle._fd, area)
 
 
 class Vcpu(Handle):
@@ -388,8 +409,11 @@ class Vcpu(Handle):
         "KVM_GET_SREGS2", "KVM_SET_SREGS2", "kvm_sregs2", "As sregs, with the PDPTRs (KVM_CAP_SREGS2)."
     )
     fpu: StructItem[kvm_fpu] = StructItem("KVM_GET_FPU", "KVM_SET_FPU", "kvm_fpu", "x87 and SSE state (4.22).")
-    xsave: StructItem[kvm_xsave] = StructItem(
-        "KVM_GET_XSAVE", "KVM_SET_XSAVE", "kvm_xsave", "The XSAVE area, 4096 bytes (KVM_CAP_XSAVE)."
+    xsave: StructItem[kvm_xsave] = _XsaveItem(
+        "KVM_GET_XSAVE",
+        "KVM_SET_XSAVE",
+        "kvm_xsave",
+        "The XSAVE area (KVM_CAP_XSAVE): 4096 bytes, or as many as KVM_CAP_XSAVE2 says, got with KVM_GET_XSAVE2.",
     )
     xcrs: StructItem[kvm_xcrs] = StructItem("KVM_GET_XCRS", "KVM_SET_XCRS", "kvm_xcrs", "XCR0 (KVM_CAP_XCRS).")
     debugregs: StructItem[kvm_debugregs] = StructItem(

@@ -44,7 +44,8 @@ def check_abi(tally: Tally, _cases: int) -> None:
 @check("exits of Vcpu.run", "kvm:kvm_userspace_exit", cases=10_000, slow=100_000)
 def check_exits_run(tally: Tally, cases: int) -> None:
     """The exits that Vcpu.run returns are those the kernel saw, one for one and in order."""
-    from ..kvm import Hlt, Interrupted, IoIn, IoOut, MmioRead, MmioWrite, lib
+    from .._ffi import lib
+    from ..kvm import Hlt, Interrupted, IoIn, IoOut, MmioRead, MmioWrite
 
     reasons = {
         IoIn: lib.KVM_EXIT_IO,

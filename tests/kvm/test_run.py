@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hvmodel as hv
+from hvmodel._ffi import ffi, lib
 from hvmodel.errors import VmDeadError
 from hvmodel.host import Mapping
-from hvmodel.kvm import Exit, ffi, handle, lib
+from hvmodel.kvm import Exit, handle
 from hvmodel.kvm import exits as kinds
 from hvmodel.kvm.exits import decode
 from tests.cases import cases
@@ -695,12 +696,12 @@ def spinning(g: Guest) -> tuple[threading.Thread, list[object]]:
     def runner() -> None:
         try:
             got.append(g.vcpu.run(60))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             got.append(error)
 
     thread = threading.Thread(target=runner)
     thread.start()
-    while not g.vcpu._c.state == 2:
+    while g.vcpu._c.state != 2:
         time.sleep(1e-4)
     return thread, got
 
@@ -762,7 +763,7 @@ def test_closing_while_exits_are_being_looked_at(kvm: hv.Kvm) -> None:
                         started.set()
                 except hv.ClosedError:
                     pass
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001
                     bad.append(error)
 
             thread = threading.Thread(target=runner)
