@@ -132,8 +132,8 @@ class Translation(Value):
 
 
 class _XsaveItem(StructItem["kvm_xsave"]):
-    # KVM_SET_XSAVE reads as many bytes as KVM_CAP_XSAVE2 says: more than the struct has, where the process has asked for
-    # AMX in guests (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM).
+    # KVM_SET_XSAVE reads as many bytes as KVM_CAP_XSAVE2 says: more than the struct has, where the process has asked
+    # for AMX in guests (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM).
     @staticmethod
     def _new(handle: Handle) -> kvm_xsave:
         size = max(handle._extension(lib.KVM_CAP_XSAVE2), _XSAVE_SIZE)
