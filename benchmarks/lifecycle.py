@@ -12,7 +12,7 @@ from collections.abc import Callable
 from . import harness
 from .guests import assemble
 from .harness import BenchmarkError, Pace, Result
-from .subject import ENTRY, Subject
+from .subject import ENTRY
 
 __all__ = ["run"]
 
@@ -24,6 +24,8 @@ KVM_EXIT_HLT = 5
 def run(pace: Pace) -> list[Result]:
     """The least life counts: what the kernel does late (RCU) comes on top of some lives and not of others."""
     import hvmodel as hv
+    from hvmodel.kvm import Kvm, ffi
+    from hvmodel.ram import RamBlock
 
     image = assemble("halt")
     lib = harness.load_floor("lifecycle")
@@ -36,8 +38,18 @@ def run(pace: Pace) -> list[Result]:
             raise BenchmarkError(f"the C floor's guest left with exit reason {reason}, not with HLT")
 
     def by_hand() -> None:
-        with Subject(image) as subject:
-            _expect_halt(subject.vcpu.run())
+        # The floor's calls, in its order of making; the vCPU and the VM go before the memory of the slot.
+        with Kvm() as kvm, RamBlock("pc.ram", harness.RAM_SIZE) as block, kvm.create_vm() as vm:
+            vm.set_identity_map_addr(0xFFFB_C000)
+            vm.set_tss_addr(0xFFFB_D000)
+            vm.set_user_memory_region(0, 0, block.mapping)
+            block.write(ENTRY, image)
+            vcpu = vm.create_vcpu(0)
+            sregs = vcpu.sregs
+            sregs.cs.base = sregs.cs.selector = 0
+            vcpu.sregs = sregs
+            vcpu.regs = ffi.new("struct kvm_regs *", {"rip": ENTRY, "rflags": 2})
+            _expect_halt(vcpu.run())
 
     def by_machine() -> None:
         with hv.Machine(ram=harness.RAM_SIZE) as machine:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from .._native import kvm_regs, kvm_sregs
     from ..kvm import Vcpu
 
-__all__ = ["Cpu", "Location"]
+__all__ = ["MAX_INSN", "Cpu", "Location"]
 
 _CR0_RESET = 0x60000010  # CD, NW, ET
 _REAL_MODE_END = 0x10FFF0  # FFFF:FFFF + 1, the first byte that no CS:IP reaches
-_MAX_INSN = 15
+MAX_INSN = 15
+"""Bytes of the longest instruction."""
 
 
 def _real_sregs() -> kvm_sregs:
@@ -163,11 +164,11 @@ class Cpu:
     def location(self) -> Location:
         """CS:RIP now, and the instruction bytes there as far as they are in RAM.
 
-        At a write exit KVM has moved RIP past the instruction.  Costs three ioctls.
+        At a write exit KVM may have moved RIP past the instruction: where it emulates, it has.  Costs three ioctls.
         """
         regs, sregs = self.kvm.regs, self.kvm.sregs
         linear = (sregs.cs.base + regs.rip) & (0xFFFFFFFFFFFFFFFF if sregs.efer & 0x400 else 0xFFFFFFFF)
-        return Location(sregs.cs.selector, regs.rip, linear, self._fetch(linear, _MAX_INSN))
+        return Location(sregs.cs.selector, regs.rip, linear, self._fetch(linear, MAX_INSN))
 
     def _fetch(self, linear: int, size: int) -> bytes:
         # As many of the bytes as lie in RAM; page by page, for the next page may lie elsewhere.

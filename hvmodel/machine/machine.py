@@ -37,7 +37,7 @@ from ..ram.block import ram_size
 from ..units import GiB
 from ..value import Value
 from .console import Console
-from .cpu import Cpu
+from .cpu import MAX_INSN, Cpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .._native import kvm_cpuid2
     from ..host.mapping import Writable
     from ..kvm.exits import Exit
+    from .cpu import Location
 
 __all__ = ["Machine", "Stop"]
 
@@ -347,9 +348,8 @@ class Machine:
             try:
                 exit = run(deadline)
             except UnansweredError:
-                if self.unclaimed != "open_bus":
+                if self.unclaimed != "open_bus" or not self._answer_ones():
                     raise
-                self._answer_ones()
                 continue
             if claims and isinstance(exit, IoOut) and exit.port in claims:
                 claims[exit.port](exit)
@@ -360,13 +360,17 @@ class Machine:
             if isinstance(exit, _TERMINAL) or (type(exit) is Interrupted and exit.cause == "timeout"):
                 return
 
-    def _answer_ones(self) -> None:
-        exit = kvm_exits.decode(self.vcpu.kvm._c.exit)
+    def _answer_ones(self) -> bool:
+        # As an empty bus would.  False for what is no bus: a host page that cannot be read.
+        exit = self.vcpu.kvm._not_in_slot(kvm_exits.decode(self.vcpu.kvm._c.exit))
+        if isinstance(exit, HostFault):
+            return False
         if isinstance(exit, IoIn | MmioRead):
             count = exit.count if isinstance(exit, IoIn) else 1
             self.answer(b"\xff" * (exit.size * count))
         else:
             self.vcpu.kvm.fail_msr()
+        return True
 
     def _serve_unclaimed(self, policy: Literal["stop", "ignore"]) -> None:
         batch = self.batch
@@ -416,17 +420,33 @@ class Machine:
             space, address, count = "address", exit.gpa, 1
         is_write = isinstance(exit, IoOut | MmioWrite)
         if isinstance(exit, IoOut):
-            # KVM has moved RIP past an OUT: of one byte (ee, ef: by DX), or of two (e6, e7: by number).
-            before = self.vcpu._fetch(where.linear - 2, 2) if rip >= 2 else b""
-            back = 0
-            if len(before) == 2:
-                if before[0] in (0xE6, 0xE7) and before[1] == exit.port:
-                    back = 2
-                elif before[1] in (0xEE, 0xEF):
-                    back = 1
-            rip, insn = rip - back, before[2 - back :] + insn if back else insn
+            before = self._out_before(exit, where)
+            rip, insn = rip - len(before), (before + insn)[:MAX_INSN]
         data = exit.data if isinstance(exit, IoOut | MmioWrite) else b""
         return GuestAccessError(space, address, exit.size, count, is_write, data, cs, rip, insn)
+
+    def _out_before(self, exit: IoOut, where: Location) -> bytes:
+        # The bytes of an OUT or OUTS that RIP has passed.  KVM's emulator moves RIP past it before the exit, but leaves
+        # it at a REP OUTS; the processors' own port exits leave it at an OUT until that is completed.
+        cpu = self.vcpu
+        cpu.kvm.complete_io()
+        regs, cs = cpu.regs, cpu.sregs.cs
+        if exit.count != 1 or regs.rip != where.rip:
+            return b""
+        passed = b""
+        while len(passed) < min(where.rip, 3) and (byte := cpu._fetch(where.linear - len(passed) - 1, 1)):
+            passed = byte + passed
+        wide = exit.size > 1
+        if passed[-2:] == bytes((0xE6 | wide, exit.port & 0xFF)) and exit.port <= 0xFF:
+            size = 2  # out imm8
+        elif passed[-1:] in (bytes((0xEE | wide,)), bytes((0x6E | wide,))) and regs.rdx & 0xFFFF == exit.port:
+            size = 1  # out dx, outs
+        else:
+            return b""
+        # The operand size that is not the code segment's own takes a prefix.
+        if exit.size == (2 if cs.db or cs.l else 4) and passed[:-size][-1:] == b"\x66":
+            size += 1
+        return passed[-size:]
 
 
 def _bytes(call: str, field: str, data: Buffer) -> memoryview:
