@@ -332,6 +332,8 @@ class Machine:
     def _deadline(self, call: str, timeout: float | None) -> int:
         self._check_open(call)
         ns = _timeout_ns(call, timeout)
+        # A handler that was installed since the last run interrupts this one too, not only from the heartbeat on.
+        lib.hv_chain_signals()
         lib.hv_ack_signals(self.vcpu.kvm._c)
         return 0 if ns < 0 else lib.hv_monotonic_ns() + ns
 
