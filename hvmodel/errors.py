@@ -202,7 +202,7 @@ class GuestAccessError(HvError):
 
     Attributes: `space` ("port" or "address"), `address` (port number or gpa), `size` and `count` (bytes, repeats),
     `is_write`, `data` (bytes; empty for a read), `cs`, `rip` and `insn` (instruction bytes at CS:RIP, or b"" where they
-    could not be read).
+    could not be read).  Of a write to an address, CS:RIP is behind the instruction: KVM has finished it.
     """
 
     def __init__(
@@ -221,10 +221,11 @@ class GuestAccessError(HvError):
         self.data, self.cs, self.rip, self.insn = data, cs, rip, insn
         what = f"wrote {data.hex()} to" if is_write else "read from"
         code = insn.hex(" ") or "unreadable"
+        where = "just before" if is_write and space == "address" else "at"
         super().__init__(
             f"the guest {what} {space} {address:#x} ({count} x {size} bytes), which nobody claims, "
-            f"at CS:IP {cs:04x}:{rip:04x} (instruction bytes: {code}); handle the exit in exits(), serve the {space} "
-            "with a rule, or make the machine with unclaimed='open_bus'"
+            f"{where} CS:IP {cs:04x}:{rip:04x} (instruction bytes: {code}); handle the exit in exits(), serve the "
+            f"{space} with a rule, or make the machine with unclaimed='open_bus'"
         )
 
     def __reduce__(self) -> tuple[object, ...]:

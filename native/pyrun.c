@@ -55,6 +55,7 @@ struct known_mmio {
 };
 
 static struct known_mmio known_mmio[NR_KNOWN_MMIO];
+static uint64_t nr_forgotten; /* how often the table was forgotten */
 
 static struct known_mmio *find_mmio(struct hv_vcpu *v, struct known_mmio *wanted)
 {
@@ -74,6 +75,7 @@ static PyObject *forget_mmio(PyObject *module, PyObject *unused)
 {
 	(void)module;
 	(void)unused;
+	nr_forgotten++;
 	for (int i = 0; i < NR_KNOWN_MMIO; i++) {
 		PyObject *exit = known_mmio[i].exit;
 
@@ -125,6 +127,7 @@ static PyObject *ask_python(PyObject *self, int64_t word)
 static PyObject *mmio_exit(PyObject *self, struct hv_vcpu *v, int64_t word)
 {
 	struct known_mmio wanted, *entry = find_mmio(v, &wanted);
+	uint64_t before = nr_forgotten;
 	PyObject *exit;
 
 	if (entry->exit && entry->v == v && entry->gpa == wanted.gpa &&
@@ -133,7 +136,8 @@ static PyObject *mmio_exit(PyObject *self, struct hv_vcpu *v, int64_t word)
 		return entry->exit;
 	}
 	exit = ask_python(self, word);
-	if (exit) {
+	/* Slots that changed meanwhile may make it another exit the next time. */
+	if (exit && before == nr_forgotten) {
 		wanted.exit = entry->exit;
 		*entry = wanted;
 		replace(&entry->exit, exit);

@@ -243,7 +243,7 @@ static void on_chained(int signal, siginfo_t *info, void *context)
 
 static int chain_signal(size_t i)
 {
-	struct sigaction now, ours;
+	struct sigaction now, ours, old;
 
 	if (sigaction(chained[i], NULL, &now))
 		return -errno;
@@ -256,7 +256,12 @@ static int chain_signal(size_t i)
 	if (behind[i].sa_sigaction && behind[i].sa_sigaction != now.sa_sigaction)
 		further[i] = behind[i];
 	behind[i] = now;
-	return sigaction(chained[i], &ours, NULL) ? -errno : 0;
+	if (sigaction(chained[i], &ours, &old))
+		return -errno;
+	/* The main thread has put another in between: that one holds. */
+	if (old.sa_sigaction != now.sa_sigaction)
+		return sigaction(chained[i], &old, NULL) ? -errno : 0;
+	return 0;
 }
 
 /* Put our handler before those installed since the last call.  0 or -errno. */
@@ -713,8 +718,10 @@ static int64_t serve(struct hv_vcpu *v, struct hv_batch *b)
 		return 1;
 	b->nr_served++;
 	b->served++;
-	if (full)
+	if (full) {
+		b->ring_full = 1;
 		return HV_RING_FULL;
+	}
 	if (b->records && b->nr_records >= b->records_capacity)
 		return HV_RECORDS_FULL;
 	return b->served == b->max_exits ? HV_LIMIT : 0;
@@ -827,6 +834,8 @@ static int64_t enter(struct hv_vcpu *v)
 	struct hv_batch *b = v->batch;
 	int64_t word;
 
+	if (b && b->ring_full)
+		return HV_RING_FULL;
 	if (b && b->records && b->nr_records >= b->records_capacity)
 		return HV_RECORDS_FULL;
 	/* The exit that filled a ring was the last one. */
@@ -925,6 +934,9 @@ int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 {
 	int64_t word = acquire(v);
 
+	/* At exit a vCPU may be closed under the thread that runs it on and on. */
+	if (word == HV_CLOSED && __atomic_load_n(&exiting, __ATOMIC_RELAXED))
+		return HV_EXITING;
 	if (word)
 		return word;
 	/* The timer refuses a negative time, which is as much in the past as 1. */

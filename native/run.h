@@ -96,8 +96,8 @@ struct hv_batch {
 	uint64_t records_capacity;
 	uint64_t nr_records;
 	uint32_t timestamps;
-	uint32_t pad;
-	uint64_t nr_exits; /* all exits, also those given to Python */
+	uint32_t ring_full; /* a capture ring is to be drained by Python, which then clears this */
+	uint64_t nr_exits;  /* all exits, also those given to Python */
 	uint64_t nr_served;
 	uint64_t counts[HV_NR_REASONS]; /* by exit reason; reasons beyond it count in the last */
 };

@@ -118,11 +118,16 @@ class Capture(_Ring):
             self._drain()
 
     def _drain(self) -> None:
-        size = int(self._ring.head - self._ring.tail)
-        if size:
-            chunk = ffi.new("uint8_t[]", size)
-            got = lib.hv_ring_read(self._ring, chunk, size)
-            self._spilled += ffi.buffer(chunk, got)
+        ring = self._ring
+        tail, end = ring.tail, ring.head
+        if tail == end:
+            return
+        at, size = tail & (ring.capacity - 1), end - tail
+        chunk = ffi.buffer(self._bytes)[at : at + size]
+        chunk += ffi.buffer(self._bytes)[: size - len(chunk)]
+        # Both or none: without a call in between, no signal handler can raise there.
+        self._spilled += chunk
+        ring.tail = end
 
     def __len__(self) -> int:
         return len(self._spilled) + int(self._ring.head - self._ring.tail)
@@ -387,6 +392,7 @@ class Batch:
         for part in self._keep:
             if isinstance(part, Capture):
                 part._spill()
+        self._batch.ring_full = 0
 
     # ---- counts and records ----
 

@@ -8,6 +8,7 @@ are equal exits, so most exits are looked up, not built.
 from __future__ import annotations
 
 import errno
+import sys
 from weakref import finalize
 
 from .. import _ffi
@@ -100,15 +101,17 @@ def _abandon_vcpu(fd: int, what: str, pid: int, address: int) -> None:
     _abandon(fd, what, pid)
 
 
-_at_exit_registered = False
+_at_exit_registered: bool | None = None  # None: no; else whether behind the hook of concurrent.futures
 
 
 def _register_at_exit() -> None:
-    # threading joins its threads before atexit handlers run, and only its own hook comes earlier.
+    # threading joins its threads before atexit handlers run, and only its own hooks come earlier, the last one first.
+    # That of concurrent.futures waits for its threads: ours must be called before it.
     global _at_exit_registered
-    if _at_exit_registered:
+    behind_futures = "concurrent.futures.thread" in sys.modules
+    if _at_exit_registered is not None and _at_exit_registered >= behind_futures:
         return
-    _at_exit_registered = True
+    _at_exit_registered = behind_futures
     import threading
 
     register = getattr(threading, "_register_atexit", None)
@@ -240,7 +243,9 @@ class Vcpu(Handle):
         while word < 0:
             if word == lib.HV_RING_FULL and self._batch is not None:
                 self._batch._spill()
-            elif word != lib.HV_RETRY:
+            elif word == lib.HV_RETRY:
+                _register_at_exit()
+            else:
                 return self._interrupted(word)
             # A Python signal handler that raises has done so by now; else go on until the same deadline.
             word = _run_until(self._c, self._c.deadline)

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..kvm.batch import Write
     from ..kvm.exits import IoOut
 
 __all__ = ["DEBUG_PORTS", "SERIAL_PORT", "Console"]
@@ -41,16 +42,26 @@ class Console:
         self.debug = Capture()
         self._batch = batch
         self._divisor = False  # DLAB: the first two ports are the baud rate's
-        for port in DEBUG_PORTS:
-            batch.pio(port, 1, read=_DEBUG_MAGIC, write=self.debug)
-        batch.pio(SERIAL_PORT, 1, read=0, write=self.serial)
-        batch.pio(SERIAL_PORT + 1, 1, read=0, write="ignore")
-        batch.pio(SERIAL_PORT + 2, 1, read=_IIR_NONE, write="ignore")
-        batch.pio(SERIAL_PORT + 3, 1, read=0x03, write="stop")
-        batch.pio(SERIAL_PORT + 4, 1, read=0, write="ignore")
-        batch.pio(SERIAL_PORT + 5, 1, read=_LSR_IDLE, write="ignore")
-        batch.pio(SERIAL_PORT + 6, 1, read=_MSR_CONNECTED, write="ignore")
-        batch.pio(SERIAL_PORT + 7, 1, read=0xFF, write="ignore")
+        rules: list[tuple[int, int, Write]] = [(port, _DEBUG_MAGIC, self.debug) for port in DEBUG_PORTS]
+        rules += [
+            (SERIAL_PORT, 0, self.serial),
+            (SERIAL_PORT + 1, 0, "ignore"),
+            (SERIAL_PORT + 2, _IIR_NONE, "ignore"),
+            (SERIAL_PORT + 3, 0x03, "stop"),
+            (SERIAL_PORT + 4, 0, "ignore"),
+            (SERIAL_PORT + 5, _LSR_IDLE, "ignore"),
+            (SERIAL_PORT + 6, _MSR_CONNECTED, "ignore"),
+            (SERIAL_PORT + 7, 0xFF, "ignore"),
+        ]
+        claimed: list[int] = []
+        try:
+            for port, read, write in rules:
+                batch.pio(port, 1, read=read, write=write)
+                claimed.append(port)
+        except BaseException:  # somebody else has one of the ports
+            for port in claimed:
+                batch.remove("pio", port)
+            raise
         claim(SERIAL_PORT + 3, self._line_control)
 
     def _line_control(self, exit: IoOut) -> None:

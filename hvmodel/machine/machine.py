@@ -143,6 +143,7 @@ class Machine:
         self._closed = False
         self._batch: Batch | None = None
         self._console: Console | None = None
+        self._debug_rule: int | None = None  # the port of the rule for debug_exit
         self._claims: dict[int, Callable[[IoOut], None]] = {}
         self._roms: list[RamBlock] = []
         self._owned: list[Any] = []  # closed in reverse
@@ -300,8 +301,14 @@ class Machine:
 
     @property
     def console(self) -> Console:
-        """Serial port 0x3F8 and debug ports 0x402 and 0xE9, captured; claimed at the first use."""
+        """Serial port 0x3F8 and debug ports 0x402 and 0xE9, captured; claimed at the first use.
+
+        ArgumentError: one of the ports has a rule already.
+        """
         if self._console is None:
+            if self._debug_rule is not None:  # which reaches three ports further; the next run() makes it anew
+                self.batch.remove("pio", self._debug_rule)
+                self._debug_rule = None
             self._console = Console(self.batch, self._claims.__setitem__)
         return self._console
 
@@ -412,6 +419,7 @@ class Machine:
         if port is not None and not any(rule[0] <= port < rule[1] for rule in rules):
             end = min(port + 4, 1 << 16, *(rule[0] for rule in rules if rule[0] > port))
             self.batch.pio(port, end - port, read="ignore", write="stop")
+            self._debug_rule = port
 
     def _unclaimed_error(self, exit: IoIn | IoOut | MmioRead | MmioWrite) -> GuestAccessError:
         where = self.vcpu.location()

@@ -235,6 +235,24 @@ def default_action(rounds: int) -> None:
 
 
 @program
+def capturing(rounds: int) -> None:
+    """Ctrl-C while output is captured: not a byte is lost, doubled or given to somebody else."""
+    # mov eax, 0; 1: out 0x50, eax; inc eax; jmp 1b
+    with guest(bytes.fromhex("6631c0 66e750 6640 ebf9")) as machine:
+        out = hv.Capture(8192)
+        machine.batch.pio(0x50, 4, write=out)
+        sender = Sender(signal.SIGINT, 0.01)
+        data = b""
+        for n in range(rounds):
+            interrupted(1, lambda: machine.run(timeout=30), sender.asked.release)
+            if n % 10 == 9:
+                data += out.read()
+        data += out.read()
+        nr = len(data) // 4
+        assert data == b"".join(value.to_bytes(4, "little") for value in range(nr)), nr
+
+
+@program
 def storm(rounds: int) -> None:
     """A Ctrl-C that comes while the handler of another signal is at work is not lost."""
     import ctypes
@@ -320,6 +338,20 @@ def exit_executor(rounds: int) -> None:
     machine = hv.Machine(ram="64K")
     machine.load(0x7C00, SPIN)
     machine.vcpu.real_mode()
+    ThreadPoolExecutor(1).submit(machine.run)
+    while machine.vcpu.kvm._c.state != 2:
+        time.sleep(1e-4)
+
+
+@program
+def exit_executor_late(rounds: int) -> None:
+    """The same, with the executor imported after the machine was made: its exit hook comes before ours."""
+    machine = hv.Machine(ram="64K")
+    machine.load(0x7C00, SPIN)
+    machine.vcpu.real_mode()
+    assert "concurrent.futures.thread" not in sys.modules
+    from concurrent.futures import ThreadPoolExecutor
+
     ThreadPoolExecutor(1).submit(machine.run)
     while machine.vcpu.kvm._c.state != 2:
         time.sleep(1e-4)

@@ -256,7 +256,7 @@ def child(name: str, rounds: int, *, status: int = 0, forgets: bool = False) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["spinning", "exiting", "at_the_entry", "other_threads", "quiet_handler", "worker", "storm"]
+    "name", ["spinning", "exiting", "at_the_entry", "other_threads", "quiet_handler", "worker", "storm", "capturing"]
 )
 def test_a_signal_stops_the_guest(name: str) -> None:
     child(name, {"at_the_entry": cases(2000, 50_000), "storm": cases(300, 5000)}.get(name, cases(150, 5000)))
@@ -271,7 +271,7 @@ def test_the_default_action_is_kept() -> None:
     child("default_action", 1, status=-signal.SIGINT)
 
 
-@pytest.mark.parametrize("name", ["exit_non_daemon", "exit_daemon", "exit_executor"])
+@pytest.mark.parametrize("name", ["exit_non_daemon", "exit_daemon", "exit_executor", "exit_executor_late"])
 def test_the_interpreter_exits_while_guests_run(name: str) -> None:
     for _ in range(cases(1, 20)):
         child(name, 1, forgets=True)

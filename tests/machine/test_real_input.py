@@ -90,7 +90,7 @@ def one_machine(boot: Boot) -> hv.Machine:
 @given(gpa=st.one_of(st.integers(-10, 0x210000), st.integers()), size=st.integers(1, 0x3000))
 def test_an_image_is_loaded_exactly_where_it_fits(one_machine: hv.Machine, gpa: int, size: int) -> None:
     image = bytes(n % 255 + 1 for n in range(size))
-    if 0 <= gpa and gpa + size <= 0x200000:
+    if gpa >= 0 and gpa + size <= 0x200000:
         one_machine.load(gpa, image)
         assert one_machine.read(gpa, size) == image
         one_machine.write(gpa, bytes(size))
