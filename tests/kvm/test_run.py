@@ -310,6 +310,31 @@ def test_a_native_access_to_an_inaccessible_page_loses_nothing(boot: Boot) -> No
     assert machine.read(0x400000, 1) == b"\x55"
 
 
+def test_what_an_mmio_exit_is_follows_the_slots(guest: Callable[..., Guest]) -> None:
+    # The same access, again and again: no slot, a slot that cannot be reached, a read-only one, none again.
+    g = guest(bytes.fromhex("b800a0 8ed8 a30000 a10000 ebf8"), size=64 << 10)
+    write, read = hv.MmioWrite(0xA0000, b"\x00\xa0"), hv.MmioRead(0xA0000, 2)
+
+    def both() -> list[Exit]:
+        first = g.run()
+        second = g.run()
+        g.vcpu.answer(0xA000)
+        return [first, second]
+
+    assert both() == both() == [write, read]
+    with Mapping(None, PAGE) as memory:
+        assert lib.hv_mprotect(memory.hva, PAGE, 0) == 0
+        g.vm.set_user_memory_region(1, 0xA0000, memory)
+        faults = [hv.HostFault(0xA0000, 2, True, b"\x00\xa0", 1), hv.HostFault(0xA0000, 2, False, None, 1)]
+        assert both() == both() == faults
+        g.vm.delete_memory_region(1)
+        assert both() == [write, read]
+        g.vm.set_user_memory_region(1, 0xA0000, memory, flags=lib.KVM_MEM_READONLY)
+        assert both() == [write, faults[1]]
+        g.vm.delete_memory_region(1)
+    assert both() == [write, read]
+
+
 # ---- model-specific registers ----
 
 MSR_REASONS = ("UNKNOWN", "FILTER", "INVAL")

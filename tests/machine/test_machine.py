@@ -330,23 +330,19 @@ def test_debug_exit_beside_other_rules(boot: Boot) -> None:
     assert out.read() == b"\x06"
 
 
-@pytest.mark.parametrize("port", [0xE6, 0x3F5, 0x3FF, 0x401])
+@pytest.mark.parametrize("port", [0xE6, 0x3F5, 0x401])
 def test_debug_exit_close_to_the_console(boot: Boot, port: int) -> None:
+    # A debug-exit port takes writes of 4 bytes, which would reach into the console's ports.
     # mov al, 7; mov dx, port; out dx, al; mov dx, 0x3f8; out dx, al; hlt
     code = b"\xb0\x07\xba" + port.to_bytes(2, "little") + bytes.fromhex("ee baf803 ee f4")
     machine = boot(code, debug_exit=port, unclaimed="open_bus")
-    if port == 0x3FF:
-        assert machine.run(10).value == 7
-        machine.console.serial.read()  # the console's from now on
-    else:
-        for _ in range(2):
-            assert machine.run(10).value == 7
-            machine.console.serial.read()
-            assert machine.run(10).halted
-            machine.vcpu.real_mode()
+    assert machine.run(10).value == 7
+    serial = machine.console.serial
+    assert machine.run(10).halted
     machine.vcpu.real_mode()
-    assert (machine.run(10).reason, machine.run(10).reason) == ("halted" if port == 0x3FF else "debug-exit", "halted")
-    assert machine.console.serial.read() == b"\x07"
+    assert machine.run(10).value == 7
+    assert machine.run(10).halted
+    assert serial.read() == b"\x07\x07"
 
 
 def test_a_console_whose_ports_are_taken_takes_none(boot: Boot) -> None:
@@ -419,9 +415,10 @@ def test_a_kick_is_an_exit_of_exits_and_the_loop_goes_on(boot: Boot) -> None:
 
 
 @contextmanager
-def alarm(handler: Callable[..., object], after: float = 0.02) -> Iterator[None]:
+def alarm(handler: Callable[..., object], after: float = 0.02, again: float = 0) -> Iterator[None]:
+    """SIGALRM for the block after so many seconds, and `again` and again."""
     old = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, after)
+    signal.setitimer(signal.ITIMER_REAL, after, again)
     try:
         yield
     finally:
@@ -432,9 +429,9 @@ def alarm(handler: Callable[..., object], after: float = 0.02) -> Iterator[None]
 def test_a_signal_interrupts_after_its_handler(boot: Boot) -> None:
     machine = boot(SPIN)
     seen: list[int] = []
-    with alarm(lambda number, _frame: seen.append(number)):
+    with alarm(lambda number, _frame: seen.append(number), again=0.5):  # a busy host may be late to run the guest
         assert machine.run(30) == hv.Stop("interrupted", hv.Interrupted("signal"))
-    assert seen == [signal.SIGALRM]
+    assert set(seen) == {signal.SIGALRM}
 
 
 def test_what_a_handler_raises_comes_out(boot: Boot) -> None:
