@@ -1,1 +1,1 @@
-"""What hvmodel costs, each time against C that does the same work: `python -m benchmarks NAME [--json]`."""
+"""What hvmodel costs, each time against C that does the same work: `python -m benchmarks NAME|all [--json]`."""

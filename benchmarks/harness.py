@@ -7,12 +7,10 @@ all take turns, and each is represented by the best of them.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import Self
 
 __all__ = [
+    "FLOOR_CPUID",
+    "FLOOR_MACHINE",
     "RAM_SIZE",
     "BenchmarkError",
     "FloorVm",
@@ -29,6 +29,7 @@ __all__ = [
     "against_floor",
     "ceiling",
     "checked",
+    "document",
     "host",
     "interleave",
     "load_floor",
@@ -40,6 +41,7 @@ __all__ = [
 FLOOR = Path(__file__).resolve().parent / "floor"
 CFLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", "-shared", "-fPIC")
 RAM_SIZE = 16 << 20
+FLOOR_CPUID, FLOOR_MACHINE = 1, 2  # of floor/vm.h
 
 
 class BenchmarkError(RuntimeError):
@@ -130,7 +132,7 @@ class FloorVm:
 
     def __init__(self, lib: ctypes.CDLL, image: bytes, *, cpuid: bool = False) -> None:
         self._lib = lib
-        self.address: int | None = lib.floor_new(image, len(image), RAM_SIZE, cpuid)
+        self.address: int | None = lib.floor_new(image, len(image), RAM_SIZE, FLOOR_CPUID if cpuid else 0)
         if not self.address:
             raise BenchmarkError(f"the C floor cannot make a VM: {os.strerror(ctypes.get_errno())}")
 
@@ -168,14 +170,14 @@ def host() -> dict[str, object]:
     }
 
 
-def report(name: str, results: list[Result], *, as_json: bool) -> None:
-    """Print one JSON object, or a table for people."""
+def document(name: str, results: list[Result]) -> dict[str, object]:
+    """The JSON object of a benchmark."""
+    return {"benchmark": name, "host": host(), "results": [asdict(result) for result in results]}
+
+
+def report(name: str, results: list[Result]) -> None:
+    """Print a table for people."""
     machine = host()
-    if as_json:
-        document = {"benchmark": name, "host": machine, "results": [asdict(result) for result in results]}
-        json.dump(document, sys.stdout, indent=2)
-        print()
-        return
     print(f"{name}: Linux {machine['kernel']}, {machine['vendor_module']}, Python {machine['python']}")
     print(f"  on {machine['cpu']} x {machine['cpus']}; C: the floor; x: ratio to it")
     width = max(len(result.name) for result in results)

@@ -10,9 +10,10 @@ from . import harness
 if TYPE_CHECKING:
     from hvmodel.kvm import Vcpu
 
-__all__ = ["ENTRY", "Subject", "real_mode"]
+__all__ = ["ENTRY", "IDENTITY_MAP", "TSS", "Subject", "real_mode"]
 
 ENTRY = 0x7C00
+IDENTITY_MAP, TSS = 0xFEFF_C000, 0xFEFF_D000  # the floor's, and Machine's
 
 
 def real_mode(vcpu: Vcpu) -> None:
@@ -21,7 +22,7 @@ def real_mode(vcpu: Vcpu) -> None:
     sregs.cs.base = sregs.cs.selector = 0
     vcpu.sregs = sregs
     regs = vcpu.regs
-    regs.rip, regs.rflags = ENTRY, 2
+    regs.rip, regs.rsp, regs.rflags = ENTRY, ENTRY, 2
     vcpu.regs = regs
 
 
@@ -36,10 +37,9 @@ class Subject:
             kvm = stack.enter_context(Kvm())
             block = stack.enter_context(RamBlock("pc.ram", harness.RAM_SIZE))
             vm = stack.enter_context(kvm.create_vm())
-            vm.set_identity_map_addr(0xFFFB_C000)
-            vm.set_tss_addr(0xFFFB_D000)
+            vm.set_identity_map_addr(IDENTITY_MAP)
+            vm.set_tss_addr(TSS)
             vm.set_user_memory_region(0, 0, block.mapping)
-            stack.callback(vm.delete_memory_region, 0)
             block.write(ENTRY, image)
             self.vcpu = stack.enter_context(vm.create_vcpu(0))
             if cpuid:

@@ -2,7 +2,8 @@
 
 `HvError` roots every error of this package.  A refused system call is also an `OSError` with its errno;
 bad arguments are also `ValueError` or `TypeError`; a closed object is also a `ValueError`.  Each error keeps
-what it knows as attributes (the call, the field at fault, the value, what would be accepted), prints it, and pickles.
+what it knows as attributes (the call, the field at fault, the value, what would be accepted), prints it, and pickles:
+a value that is no plain one (None, a number, text, bytes, a tuple of them) is kept as the text of its repr.
 
 EINTR is no error in this package: an interrupted KVM_RUN is an exit (`hvmodel.Interrupted`).
 """
@@ -30,11 +31,34 @@ __all__ = [
 ]
 
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+class _Text(str):
+    # What stands for a value that an error cannot keep; shown as it is.
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def _kept(value: object) -> object:
+    # Errors pickle, and what they say does not change: of all but plain values they keep what `_show` makes of them.
+    if type(value) in _PLAIN or type(value) is _Text:
+        return value
+    if isinstance(value, int):
+        return int(value)  # an enum's member, which need not be importable where the error is read
+    if type(value) is tuple:
+        return tuple([_kept(item) for item in value])
+    return _Text(_show(value))
+
+
 def _show(value: object) -> str:
     # Addresses, sizes and flags read best in hexadecimal, small counts and file descriptors in decimal.
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9:
         return f"{value:#x}" if type(value) is int else f"{value!r} ({int(value):#x})"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # the caller's own class may do anything
+        text = object.__repr__(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -64,6 +88,7 @@ class ArgumentError(HvError, ValueError):
     def __init__(
         self, call: str, field: str, value: object, accepted: str | None = None, detail: str | None = None
     ) -> None:
+        value = _kept(value)
         self.call, self.field, self.value, self.accepted, self.detail = call, field, value, accepted, detail
         super().__init__(_sentence(call, field, value, accepted, detail))
 
@@ -72,11 +97,11 @@ class ArgumentError(HvError, ValueError):
 
 
 class ArgumentTypeError(HvError, TypeError):
-    """An argument of the wrong type: `call`, `field`, `value` (or its repr), `accepted`, `got` (its type, and it)."""
+    """An argument of the wrong type: `call`, `field`, `value`, `accepted`, `got` (its type, and it)."""
 
     def __init__(self, call: str, field: str, value: object, accepted: str, got: str | None = None) -> None:
         self.call, self.field, self.accepted = call, field, accepted
-        self.value = value if isinstance(value, str | int | float | bytes | None) else repr(value)
+        self.value = _kept(value)
         self.got = got if got is not None else f"{type(value).__name__} {_show(value)}"
         super().__init__(f"{call}: {field}: expected {accepted}, got {self.got}")
 
@@ -150,7 +175,7 @@ class HostError(HvError, OSError):
         detail: str | None = None,
     ) -> None:
         super().__init__(errno, os.strerror(errno))
-        self.call, self.field, self.value, self.accepted, self.detail = call, field, value, accepted, detail
+        self.call, self.field, self.value, self.accepted, self.detail = call, field, _kept(value), accepted, detail
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.errno, self.call, self.field, self.value, self.accepted, self.detail)
@@ -191,7 +216,7 @@ class PartialError(KvmError):
 
     def __init__(self, errno: int, call: str, done: int, requested: int, first_failed: object, what: str) -> None:
         super().__init__(errno, call, what, first_failed, None, f"only the first {done} of {requested} were processed")
-        self.done, self.requested, self.first_failed, self.what = done, requested, first_failed, what
+        self.done, self.requested, self.first_failed, self.what = done, requested, self.value, what
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.errno, self.call, self.done, self.requested, self.first_failed, self.what)
@@ -201,8 +226,12 @@ class GuestAccessError(HvError):
     """The guest touched a port or address that nobody claims, on a `strict` machine.
 
     Attributes: `space` ("port" or "address"), `address` (port number or gpa), `size` and `count` (bytes, repeats),
-    `is_write`, `data` (bytes; empty for a read), `cs`, `rip` and `insn` (instruction bytes at CS:RIP, or b"" where they
-    could not be read).  Of a write to an address, CS:RIP is behind the instruction: KVM has finished it.
+    `is_write`, `data` (bytes; empty for a read), `cs`, `rip`, `insn` (up to 15 bytes at CS:RIP, b"" where they could
+    not be read), `at_insn` and `before`.
+
+    `at_insn`: whether CS:RIP is at the instruction that did it.  A write to an address leaves RIP behind its
+    instruction (but for REP, which stays there), and the length of that is not known: `at_insn` is False then, and
+    `before` has the up to 15 bytes before CS:RIP, which end with the instruction unless it jumped, as CALL does.
     """
 
     def __init__(
@@ -216,15 +245,18 @@ class GuestAccessError(HvError):
         cs: int,
         rip: int,
         insn: bytes,
+        at_insn: bool = True,
+        before: bytes = b"",
     ) -> None:
         self.space, self.address, self.size, self.count, self.is_write = space, address, size, count, is_write
-        self.data, self.cs, self.rip, self.insn = data, cs, rip, insn
+        self.data, self.cs, self.rip, self.insn, self.at_insn, self.before = data, cs, rip, insn, at_insn, before
         what = f"wrote {data.hex()} to" if is_write else "read from"
-        code = insn.hex(" ") or "unreadable"
-        where = "just before" if is_write and space == "address" else "at"
+        code = (insn if at_insn else before).hex(" ") or "unreadable"
+        where = "at" if at_insn else "behind the instruction, at"
+        which = "instruction bytes" if at_insn else "bytes before it"
         super().__init__(
             f"the guest {what} {space} {address:#x} ({count} x {size} bytes), which nobody claims, "
-            f"{where} CS:IP {cs:04x}:{rip:04x} (instruction bytes: {code}); handle the exit in exits(), serve the "
+            f"{where} CS:IP {cs:04x}:{rip:04x} ({which}: {code}); handle the exit in exits(), serve the "
             f"{space} with a rule, or make the machine with unclaimed='open_bus'"
         )
 
@@ -239,4 +271,6 @@ class GuestAccessError(HvError):
             self.cs,
             self.rip,
             self.insn,
+            self.at_insn,
+            self.before,
         )

@@ -72,11 +72,6 @@ int hv_mprotect(uint64_t address, uint64_t length, int prot)
 	return answer(mprotect((void *)address, length, prot));
 }
 
-int hv_madvise(uint64_t address, uint64_t length, int advice)
-{
-	return answer(madvise((void *)address, length, advice));
-}
-
 /* One call moves 2 GiB at most and stops at the first page it cannot reach, so go on until nothing
  * moves. */
 static int64_t vm_copy(uint64_t address, void *data, uint64_t size, int write)

@@ -34,7 +34,6 @@ int hv_get_seals(int fd);
 int64_t hv_mmap(uint64_t address, uint64_t length, int prot, int flags, int fd, int64_t offset);
 int hv_munmap(uint64_t address, uint64_t length);
 int hv_mprotect(uint64_t address, uint64_t length, int prot);
-int hv_madvise(uint64_t address, uint64_t length, int advice);
 
 /*
  * Copies between a buffer and memory of this process that may fault: process_vm_readv/writev on

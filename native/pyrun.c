@@ -7,8 +7,8 @@
  * several times what it costs in a loop of its own: a call through cffi, a Python frame and a
  * dictionary look-up are half of a real-mode exit.  So the common path is here: release the GIL,
  * hv_run_until(), and hand out the exit object that was made when the same exit word was first
- * seen.  Everything else is Python's: Vcpu._exit(word), Vcpu._run_for(timeout) and
- * Vcpu._run_by(deadline).
+ * seen.  Everything else is Python's: Vcpu._exit(word), Vcpu._deadline(timeout) and
+ * Vcpu._until(deadline).
  */
 #if !defined(Py_GIL_DISABLED)
 #define Py_LIMITED_API 0x030b0000
@@ -29,8 +29,8 @@ struct known {
 };
 
 static struct known known[NR_KNOWN];
-static PyObject *name_address, *name_exit, *name_run_for, *name_run_by, *name_timeout,
-	*name_kick_closed;
+static PyObject *name_address, *name_exit, *name_between, *name_deadline, *name_until,
+	*name_timeout, *name_kick_closed;
 
 static struct known *find(int64_t word)
 {
@@ -112,16 +112,21 @@ static void replace(PyObject **place, PyObject *exit)
 		Py_DecRef(old);
 }
 
-static PyObject *ask_python(PyObject *self, int64_t word)
+static PyObject *call_python(PyObject *self, PyObject *method, int64_t word)
 {
 	PyObject *number = PyLong_FromLongLong(word);
-	PyObject *exit;
+	PyObject *result;
 
 	if (!number)
 		return NULL;
-	exit = PyObject_CallMethodObjArgs(self, name_exit, number, NULL);
+	result = PyObject_CallMethodObjArgs(self, method, number, NULL);
 	Py_DecRef(number);
-	return exit;
+	return result;
+}
+
+static PyObject *ask_python(PyObject *self, int64_t word)
+{
+	return call_python(self, name_exit, word);
 }
 
 static PyObject *mmio_exit(PyObject *self, struct hv_vcpu *v, int64_t word)
@@ -145,20 +150,11 @@ static PyObject *mmio_exit(PyObject *self, struct hv_vcpu *v, int64_t word)
 	return exit;
 }
 
-static PyObject *run_until(PyObject *self, int64_t deadline)
+static PyObject *known_exit(PyObject *self, int64_t word)
 {
-	struct hv_vcpu *v = vcpu_of(self);
-	struct known *entry;
+	struct known *entry = find(word);
 	PyObject *exit;
-	int64_t word;
 
-	if (!v)
-		return NULL;
-	Py_BEGIN_ALLOW_THREADS word = hv_run_until(v, deadline);
-	Py_END_ALLOW_THREADS if (word < 0) return ask_python(self, word);
-	if ((word & 0xff) == KVM_EXIT_MMIO)
-		return mmio_exit(self, v, word);
-	entry = find(word);
 	if (entry->exit && entry->word == word) {
 		Py_IncRef(entry->exit);
 		return entry->exit;
@@ -169,6 +165,66 @@ static PyObject *run_until(PyObject *self, int64_t deadline)
 		replace(&entry->exit, exit);
 	}
 	return exit;
+}
+
+/*
+ * The exit of a word, with the GIL held again.  Where a signal has come, its handler is run before
+ * the exit is handed out, as late as can be; one that raises leaves the exit for the next run.
+ */
+static PyObject *finish(PyObject *self, struct hv_vcpu *v, int64_t word)
+{
+	PyObject *exit;
+
+	if (word < 0)
+		return ask_python(self, word);
+	exit = (word & 0xff) == KVM_EXIT_MMIO ? mmio_exit(self, v, word) : known_exit(self, word);
+	if (exit && hv_signalled(v) && PyErr_CheckSignals()) {
+		Py_DecRef(exit);
+		exit = NULL;
+	}
+	if (!exit)
+		hv_unread(v);
+	return exit;
+}
+
+static PyObject *run_until(PyObject *self, int64_t deadline)
+{
+	struct hv_vcpu *v = vcpu_of(self);
+	PyThreadState *state;
+	PyObject *between;
+	int64_t word;
+
+	if (!v)
+		return NULL;
+	for (;;) {
+		state = PyEval_SaveThread();
+		word = hv_run_until(v, deadline);
+		PyEval_RestoreThread(state);
+		if (word != HV_RETRY && word != HV_RING_FULL)
+			return finish(self, v, word);
+		if (PyErr_CheckSignals())
+			return NULL;
+		between = call_python(self, name_between, word);
+		if (!between)
+			return NULL;
+		Py_DecRef(between);
+	}
+}
+
+/* Vcpu._deadline(timeout) and Vcpu._until(deadline) check what they are given and answer a deadline
+ * in ns. */
+static PyObject *run_until_python_says(PyObject *self, PyObject *method, PyObject *arg)
+{
+	PyObject *number = PyObject_CallMethodObjArgs(self, method, arg, NULL);
+	long long deadline;
+
+	if (!number)
+		return NULL;
+	deadline = PyLong_AsLongLong(number);
+	Py_DecRef(number);
+	if (deadline == -1 && PyErr_Occurred())
+		return NULL;
+	return run_until(self, deadline);
 }
 
 static PyObject *method_run(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
@@ -195,7 +251,7 @@ static PyObject *method_run(PyObject *self, PyObject *const *args, Py_ssize_t na
 			return NULL;
 		}
 	}
-	return PyObject_CallMethodObjArgs(self, name_run_for, args[0], NULL);
+	return run_until_python_says(self, name_deadline, args[0]);
 }
 
 static PyObject *method_run_until(PyObject *self, PyObject *arg)
@@ -205,7 +261,7 @@ static PyObject *method_run_until(PyObject *self, PyObject *arg)
 	if (deadline >= 0)
 		return run_until(self, deadline);
 	PyErr_Clear();
-	return PyObject_CallMethodObjArgs(self, name_run_by, arg, NULL);
+	return run_until_python_says(self, name_until, arg);
 }
 
 #define KICK_WAIT_NS 1000000
@@ -222,8 +278,10 @@ static PyObject *method_kick(PyObject *self, PyObject *unused)
 		return NULL;
 	acks = __atomic_load_n(&v->acks, __ATOMIC_SEQ_CST);
 	if (hv_kick_send(v)) {
-		Py_BEGIN_ALLOW_THREADS knows = hv_kick_wait(v, acks, KICK_WAIT_NS);
-		Py_END_ALLOW_THREADS
+		PyThreadState *state = PyEval_SaveThread();
+
+		knows = hv_kick_wait(v, acks, KICK_WAIT_NS);
+		PyEval_RestoreThread(state);
 	} else if (!v->run) {
 		return PyObject_CallMethodObjArgs(self, name_kick_closed, NULL);
 	}
@@ -287,12 +345,13 @@ PyMODINIT_FUNC PyInit__run(void)
 {
 	name_address = PyUnicode_InternFromString("_address");
 	name_exit = PyUnicode_InternFromString("_exit");
-	name_run_for = PyUnicode_InternFromString("_run_for");
-	name_run_by = PyUnicode_InternFromString("_run_by");
+	name_deadline = PyUnicode_InternFromString("_deadline");
+	name_until = PyUnicode_InternFromString("_until");
+	name_between = PyUnicode_InternFromString("_between");
 	name_timeout = PyUnicode_InternFromString("timeout");
 	name_kick_closed = PyUnicode_InternFromString("_kick_closed");
-	if (!name_kick_closed || !name_address || !name_exit || !name_run_for || !name_run_by ||
-	    !name_timeout)
+	if (!name_kick_closed || !name_address || !name_exit || !name_deadline || !name_until ||
+	    !name_between || !name_timeout)
 		return NULL;
 	return PyModule_Create(&definition);
 }

@@ -47,9 +47,12 @@
 #include "kvm_uapi.h"
 #include "run.h"
 
+/* hv_vcpu.held: a further exit of the same instruction; one that Python could not take. */
+enum { HELD_FURTHER = 1, HELD_UNREAD = 2 };
+
 #define KVM_RUN_REQUEST _IO(0xAE, 0x80)
 
-#define HEARTBEAT_NS 100000000
+static int64_t heartbeat_ns = 100000000;
 
 enum { HV_STATE_CLOSED = 0, HV_STATE_IDLE = 1, HV_STATE_RUNNING = 2 };
 
@@ -165,7 +168,7 @@ static void arm_timer(int64_t deadline)
 
 static int64_t next_beat(int64_t now, int64_t deadline)
 {
-	int64_t beat = now + HEARTBEAT_NS;
+	int64_t beat = now + heartbeat_ns;
 
 	return deadline && deadline < beat ? deadline : beat;
 }
@@ -335,9 +338,11 @@ static int start(void)
 	return 0;
 }
 
-int hv_kick_signal(void)
+/* The time between heartbeats, 100 ms unless set: tests set it out of the way, or it would hide
+ * what it mends. */
+void hv_set_heartbeat(int64_t ns)
 {
-	return kick_signal;
+	heartbeat_ns = ns;
 }
 
 /* From now on hv_run() answers HV_EXITING; running vCPUs are interrupted. */
@@ -592,12 +597,6 @@ static uint32_t serve_access(struct access *a, struct hv_rule *rule, uint32_t un
 {
 	uint32_t policy = !rule ? unclaimed : a->is_write ? rule->write : rule->read;
 
-	if (rule) {
-		if (a->is_write)
-			rule->nr_writes++;
-		else
-			rule->nr_reads++;
-	}
 	if (policy == HV_FEED) {
 		struct hv_ring *ring = rule->feed;
 
@@ -626,6 +625,69 @@ static uint32_t serve_access(struct access *a, struct hv_rule *rule, uint32_t un
 	default:
 		return HV_STOP;
 	}
+}
+
+/* ---- memslots, as far as exits are concerned ---- */
+
+static void lock_slots(struct hv_slots *slots)
+{
+	while (__atomic_test_and_set(&slots->lock, __ATOMIC_ACQUIRE))
+		sched_yield();
+}
+
+/* Replace the table by `nr` slots, sorted and disjoint.  0 or -ENOMEM. */
+int hv_slots_set(struct hv_slots *slots, const struct hv_slot *sorted, uint32_t nr)
+{
+	struct hv_slot *copy = malloc((nr ? nr : 1) * sizeof(*copy));
+	struct hv_slot *old;
+
+	if (!copy)
+		return -ENOMEM;
+	memcpy(copy, sorted, nr * sizeof(*copy));
+	lock_slots(slots);
+	old = slots->sorted;
+	slots->sorted = copy;
+	slots->nr = nr;
+	__atomic_clear(&slots->lock, __ATOMIC_RELEASE);
+	free(old);
+	return 0;
+}
+
+void hv_slots_drop(struct hv_slots *slots)
+{
+	free(slots->sorted);
+	slots->sorted = NULL;
+	slots->nr = 0;
+}
+
+/*
+ * An MMIO exit inside a memslot says that the host page could not be accessed, unless it is a write
+ * to a read-only slot: no rule may serve it.
+ */
+static bool is_host_fault(struct hv_slots *slots, uint64_t gpa, bool is_write)
+{
+	uint32_t low = 0, high;
+	bool fault = false;
+
+	if (!slots)
+		return false;
+	lock_slots(slots);
+	high = slots->nr;
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+		const struct hv_slot *slot = &slots->sorted[middle];
+
+		if (gpa < slot->start) {
+			high = middle;
+		} else if (gpa >= slot->end) {
+			low = middle + 1;
+		} else {
+			fault = !is_write || !slot->readonly;
+			break;
+		}
+	}
+	__atomic_clear(&slots->lock, __ATOMIC_RELEASE);
+	return fault;
 }
 
 static bool get_access(struct hv_vcpu *v, struct access *a)
@@ -706,7 +768,7 @@ static int64_t serve(struct hv_vcpu *v, struct hv_batch *b)
 			policy = serve_access(
 				&access, find_rule(b->pio, b->nr_pio, access.address, access.size),
 				b->unclaimed_pio, &full);
-		else
+		else if (!is_host_fault(v->slots, access.address, access.is_write))
 			policy = serve_access(
 				&access,
 				find_rule(b->mmio, b->nr_mmio, access.address, access.size),
@@ -834,6 +896,10 @@ static int64_t enter(struct hv_vcpu *v)
 	struct hv_batch *b = v->batch;
 	int64_t word;
 
+	if (v->held == HELD_UNREAD) {
+		v->held = 0;
+		return pack_exit(v);
+	}
 	if (b && b->ring_full)
 		return HV_RING_FULL;
 	if (b && b->records && b->nr_records >= b->records_capacity)
@@ -962,6 +1028,12 @@ int64_t hv_complete(struct hv_vcpu *v)
 
 	if (word)
 		return word;
+	if (v->held == HELD_UNREAD) {
+		/* Whoever changes the state gives up the exit, but a read's instruction still wants
+		 * its data. */
+		v->held = 0;
+		pack_exit(v);
+	}
 	if (v->generation != generation) {
 		word = HV_FORKED;
 	} else if (v->unanswered) {
@@ -969,7 +1041,7 @@ int64_t hv_complete(struct hv_vcpu *v)
 	} else if (v->incomplete && !v->held) {
 		v->run->immediate_exit = 1;
 		if (!ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
-			v->held = 1;
+			v->held = HELD_FURTHER;
 		} else if (errno != EINTR) {
 			word = -errno;
 		} else {
@@ -979,6 +1051,68 @@ int64_t hv_complete(struct hv_vcpu *v)
 	}
 	release(v);
 	return word;
+}
+
+/*
+ * Python could not take the exit that hv_run() has just answered (a signal's handler raised): the
+ * next hv_run() answers it again, and no rule serves or records it twice.  0; HV_CLOSED, HV_BUSY.
+ */
+int hv_unread(struct hv_vcpu *v)
+{
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	v->held = HELD_UNREAD;
+	v->unanswered = 0;
+	release(v);
+	return 0;
+}
+
+/* Whether a signal that is chained has come since the vCPU was last interrupted by one. */
+int hv_signalled(const struct hv_vcpu *v)
+{
+	return __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST) != v->signals;
+}
+
+/* A place in the kvm_run page for Python to copy from or to, with the vCPU acquired; 0 or a code.
+ */
+static int acquire_page(struct hv_vcpu *v, uint64_t offset, uint64_t size)
+{
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return (int)rc;
+	if (offset <= v->run_size && size <= v->run_size - offset)
+		return 0;
+	release(v);
+	return -EINVAL;
+}
+
+/*
+ * Copy out of and into the kvm_run page, while nobody runs the vCPU.  0; HV_CLOSED, HV_BUSY;
+ * -EINVAL: beyond the page.
+ */
+int hv_page_read(struct hv_vcpu *v, uint64_t offset, uint8_t *to, uint64_t size)
+{
+	int rc = acquire_page(v, offset, size);
+
+	if (rc)
+		return rc;
+	memcpy(to, (uint8_t *)v->run + offset, size);
+	release(v);
+	return 0;
+}
+
+int hv_page_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size)
+{
+	int rc = acquire_page(v, offset, size);
+
+	if (rc)
+		return rc;
+	memcpy((uint8_t *)v->run + offset, from, size);
+	release(v);
+	return 0;
 }
 
 /* ---- answering reads ---- */

@@ -62,8 +62,6 @@ struct hv_rule {
 	uint64_t value;
 	struct hv_ring *capture;
 	struct hv_ring *feed;
-	uint64_t nr_reads;
-	uint64_t nr_writes;
 };
 
 /* One exit as it was recorded: 48 bytes. */
@@ -102,6 +100,22 @@ struct hv_batch {
 	uint64_t counts[HV_NR_REASONS]; /* by exit reason; reasons beyond it count in the last */
 };
 
+/* A memslot as exits see it: [start, end) of guest physical addresses. */
+struct hv_slot {
+	uint64_t start;
+	uint64_t end;
+	uint32_t readonly;
+	uint32_t pad;
+};
+
+/* A VM's memslots; its own copy, changed while vCPUs run. */
+struct hv_slots {
+	struct hv_slot *sorted;
+	uint32_t nr;
+	uint8_t lock;
+	uint8_t pad[3];
+};
+
 struct hv_vcpu {
 	int32_t fd;
 	uint32_t state;	  /* idle, running or closed */
@@ -114,13 +128,14 @@ struct hv_vcpu {
 	uint32_t timed_out;
 	uint32_t unanswered; /* a read exit waits for its data */
 	uint32_t incomplete; /* KVM finishes the last exit's instruction at the next entry */
-	uint32_t held;	     /* a further exit of the same instruction is in the kvm_run page */
+	uint32_t held;	     /* what the next hv_run() answers first: see HELD_* */
 	int64_t deadline;    /* CLOCK_MONOTONIC in ns; 0: none */
 	struct kvm_run *run;
 	uint64_t run_size;
 	struct kvm_run *exit; /* the last exit as Python decodes it: its memory outlives close */
 	uint64_t exit_size;
 	struct hv_batch *batch;
+	struct hv_slots *slots; /* its VM's, or NULL */
 	struct hv_vcpu *next_free;
 };
 
@@ -138,10 +153,16 @@ void hv_ack_signals(struct hv_vcpu *v);
 int hv_chain_signals(void);
 void hv_exiting(void);
 int64_t hv_monotonic_ns(void);
-int hv_kick_signal(void);
 uint64_t hv_ring_read(struct hv_ring *ring, uint8_t *to, uint64_t size);
 uint64_t hv_ring_write(struct hv_ring *ring, const uint8_t *from, uint64_t size);
 int hv_set_batch(struct hv_vcpu *v, struct hv_batch *batch);
 int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_batch *next);
 int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to,
 			uint64_t room);
+int hv_unread(struct hv_vcpu *v);
+int hv_signalled(const struct hv_vcpu *v);
+int hv_page_read(struct hv_vcpu *v, uint64_t offset, uint8_t *to, uint64_t size);
+int hv_page_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size);
+int hv_slots_set(struct hv_slots *slots, const struct hv_slot *sorted, uint32_t nr);
+void hv_slots_drop(struct hv_slots *slots);
+void hv_set_heartbeat(int64_t ns);

@@ -5,6 +5,7 @@ HVMODEL_REQUIRE=kvm,tracefs,... names what this machine is known to have: a test
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import platform
@@ -15,13 +16,25 @@ import pytest
 
 __all__ = ["NEEDS", "lacking", "need", "need_cap"]
 
+_KVM_GET_API_VERSION = 0xAE00  # _IO(KVMIO, 0x00)
+
 
 def _kvm() -> str | None:
     if not Path("/dev/kvm").exists():
         return "/dev/kvm is not there"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "no permission to open /dev/kvm"
-    return None
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return str(error)
+    try:
+        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
+    except OSError as error:
+        return f"/dev/kvm is not KVM: {error.strerror}"
+    finally:
+        os.close(fd)
+    return None if version == 12 else f"/dev/kvm speaks version {version} of KVM's API, not 12"
 
 
 def _tracefs() -> str | None:

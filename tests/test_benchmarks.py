@@ -28,7 +28,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["exits", "import", "kick", "lifecycle"])
 def test_prints_its_results_as_json(name: str) -> None:
-    need("kvm")
+    need("kvm", "gcc")
     done = _run(name, "--json", "--short")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -53,8 +53,17 @@ def test_prints_its_results_as_json(name: str) -> None:
     assert len({result["name"] for result in document["results"]}) == len(document["results"])
 
 
+def test_all_of_them() -> None:
+    need("kvm", "gcc")
+    done = _run("all", "--json", "--short")
+    assert done.returncode == 0, done.stderr
+    documents = json.loads(done.stdout)
+    assert [document["benchmark"] for document in documents] == ["exits", "import", "kick", "lifecycle"]
+    assert all(document["results"] for document in documents)
+
+
 def test_the_table_names_host_and_bars() -> None:
-    need("kvm")
+    need("kvm", "gcc")
     done = _run("lifecycle", "--short")
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()

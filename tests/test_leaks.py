@@ -368,6 +368,7 @@ WARNS = {"RamBlock": ("MemFd", "Mapping"), "Machine": ("Kvm", "Vm", "Vcpu", "Mem
 
 def warm_up(name: str) -> None:
     """Make one, for what importing and allocating leaves; skip where this host cannot."""
+    need("kvm")
     try:
         with ExitStack() as stack:
             OWNERS[name](stack).close()  # type: ignore[attr-defined]

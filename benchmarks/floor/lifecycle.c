@@ -5,10 +5,10 @@
 #include <sys/ioctl.h>
 
 /* The reason of the first exit, or -errno. */
-int floor_lifecycle(const void *image, uint64_t size, uint64_t ram_size, int cpuid)
+int floor_lifecycle(const void *image, uint64_t size, uint64_t ram_size, int flags)
 {
 	struct floor_vm v;
-	int rc = floor_vm_open(&v, image, size, ram_size, cpuid);
+	int rc = floor_vm_open(&v, image, size, ram_size, flags);
 
 	if (rc)
 		return rc;

@@ -13,29 +13,55 @@
 #define NR_CPUID 256
 
 /* Where an Intel CPU that cannot run real mode itself keeps what it needs for that. */
-#define IDENTITY_MAP 0xfffbc000ULL
-#define TSS	     0xfffbd000UL
+#define IDENTITY_MAP 0xfeffc000ULL
+#define TSS	     0xfeffd000UL
 
-/* Let the guest see what KVM can give it; CPL3 needs long mode in CPUID. */
-static int set_cpuid(struct floor_vm *v)
+/*
+ * What KVM can give a guest, kept for all lives: it does not change, and asking takes longer than
+ * all else.  NULL and errno when it cannot be had.
+ */
+static const struct kvm_cpuid2 *supported_cpuid(int kvm)
 {
+	static struct kvm_cpuid2 *kept;
 	struct kvm_cpuid2 *cpuid;
-	int rc = 0;
 
+	if (kept)
+		return kept;
 	cpuid = calloc(1, sizeof(*cpuid) + NR_CPUID * sizeof(cpuid->entries[0]));
 	if (!cpuid)
-		return -ENOMEM;
+		return NULL;
 	cpuid->nent = NR_CPUID;
-	if (ioctl(v->kvm, KVM_GET_SUPPORTED_CPUID, cpuid) < 0 ||
-	    ioctl(v->vcpu, KVM_SET_CPUID2, cpuid) < 0)
-		rc = -errno;
-	free(cpuid);
-	return rc;
+	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, cpuid) < 0) {
+		free(cpuid);
+		return NULL;
+	}
+	kept = cpuid;
+	return kept;
+}
+
+/* CPL3 needs long mode in CPUID. */
+static int set_cpuid(struct floor_vm *v)
+{
+	const struct kvm_cpuid2 *cpuid = supported_cpuid(v->kvm);
+
+	return cpuid && ioctl(v->vcpu, KVM_SET_CPUID2, cpuid) == 0 ? 0 : -errno;
+}
+
+static int set_events(struct floor_vm *v)
+{
+	struct kvm_vcpu_events events = {.flags = KVM_VCPUEVENT_VALID_NMI_PENDING |
+						  KVM_VCPUEVENT_VALID_SHADOW};
+	struct kvm_mp_state state = {.mp_state = KVM_MP_STATE_RUNNABLE};
+
+	if (ioctl(v->vcpu, KVM_SET_VCPU_EVENTS, &events) < 0 ||
+	    ioctl(v->vcpu, KVM_SET_MP_STATE, &state) < 0)
+		return -errno;
+	return 0;
 }
 
 static int set_real_mode(struct floor_vm *v)
 {
-	struct kvm_regs regs = {.rip = ENTRY, .rflags = 2};
+	struct kvm_regs regs = {.rip = ENTRY, .rsp = ENTRY, .rflags = 2};
 	struct kvm_sregs sregs;
 
 	if (ioctl(v->vcpu, KVM_GET_SREGS, &sregs) < 0)
@@ -80,7 +106,7 @@ static int map_run(struct floor_vm *v)
 	return 0;
 }
 
-static int open_all(struct floor_vm *v, const void *image, uint64_t size, int cpuid)
+static int open_all(struct floor_vm *v, const void *image, uint64_t size, int flags)
 {
 	uint64_t identity_map = IDENTITY_MAP;
 	int rc;
@@ -104,20 +130,26 @@ static int open_all(struct floor_vm *v, const void *image, uint64_t size, int cp
 	if (v->vcpu < 0)
 		return -errno;
 	rc = map_run(v);
-	if (!rc && cpuid)
+	if (!rc && flags & FLOOR_MACHINE)
+		v->run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+	if (!rc && flags & FLOOR_CPUID)
 		rc = set_cpuid(v);
-	return rc ? rc : set_real_mode(v);
+	if (!rc)
+		rc = set_real_mode(v);
+	if (!rc && flags & FLOOR_MACHINE)
+		rc = set_events(v);
+	return rc;
 }
 
 int floor_vm_open(struct floor_vm *v, const void *image, uint64_t size, uint64_t ram_size,
-		  int cpuid)
+		  int flags)
 {
 	int rc;
 
 	*v = (struct floor_vm){.kvm = -1, .vm = -1, .vcpu = -1, .memfd = -1, .ram_size = ram_size};
 	if (ENTRY + size > ram_size)
 		return -EINVAL;
-	rc = open_all(v, image, size, cpuid);
+	rc = open_all(v, image, size, flags);
 	if (rc)
 		floor_vm_close(v);
 	return rc;
@@ -131,24 +163,20 @@ static void close_fd(int fd)
 
 void floor_vm_close(struct floor_vm *v)
 {
-	if (v->ram) {
-		struct kvm_userspace_memory_region none = {0};
-
-		ioctl(v->vm, KVM_SET_USER_MEMORY_REGION, &none);
-		munmap(v->ram, v->ram_size);
-	}
-	close_fd(v->memfd);
 	if (v->run)
 		munmap(v->run, v->run_size);
 	close_fd(v->vcpu);
 	close_fd(v->vm);
+	if (v->ram)
+		munmap(v->ram, v->ram_size);
+	close_fd(v->memfd);
 	close_fd(v->kvm);
 }
 
-struct floor_vm *floor_new(const void *image, uint64_t size, uint64_t ram_size, int cpuid)
+struct floor_vm *floor_new(const void *image, uint64_t size, uint64_t ram_size, int flags)
 {
 	struct floor_vm *v = malloc(sizeof(*v));
-	int rc = v ? floor_vm_open(v, image, size, ram_size, cpuid) : -ENOMEM;
+	int rc = v ? floor_vm_open(v, image, size, ram_size, flags) : -ENOMEM;
 
 	if (rc) {
 		free(v);

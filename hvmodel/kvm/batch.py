@@ -10,7 +10,7 @@ is how serial output and exit traces cost no Python per exit.
 from __future__ import annotations
 
 import errno
-from _thread import allocate_lock
+from _thread import RLock
 from struct import Struct
 from struct import error as StructError
 from weakref import ref
@@ -75,7 +75,7 @@ class _Ring:
         self._ring = ffi.new("struct hv_ring *", {"data": self._bytes, "capacity": capacity})
         # The ring has one producer and one consumer: C, in the one batch that uses it, and we, in one thread at a time.
         self._batch: ref[Batch] | None = None
-        self._lock = allocate_lock()
+        self._lock = RLock()  # a signal handler may call read() within read()
 
     @property
     def capacity(self) -> int:

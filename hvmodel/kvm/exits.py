@@ -344,22 +344,29 @@ def _simple(word: int) -> Exit:
     return IrqWindowOpen()
 
 
-def decode(run: Any) -> Exit:
-    """The exit that a `struct kvm_run *` shows; `Unknown` for a reason that has no class.
+def decode(run: Any, size: int | None = None) -> Exit:
+    """The exit that a `struct kvm_run *` shows; `Unknown` for a reason that has no class, or data beyond the page.
 
-    An MMIO exit is given as such: whether it lies in a memslot only the VM can tell.
+    `size`: bytes that can be read at `run`; without, those of the struct alone.  An MMIO exit is given as such: whether
+    it lies in a memslot only the VM can tell.
     """
+    if run.exit_reason == lib.KVM_EXIT_IO:
+        return _io(run, ffi.sizeof("struct kvm_run") if size is None else size)
     decoder = _DECODERS.get(run.exit_reason)
-    if decoder is None:
-        raw = bytes(ffi.buffer(run, _EXIT_UNION + _EXIT_UNION_SIZE)[_EXIT_UNION:])
-        return Unknown(run.exit_reason, raw)
-    return decoder(run)
+    return _unknown(run) if decoder is None else decoder(run)
 
 
-def _io(run: Any) -> Exit:
+def _unknown(run: Any) -> Unknown:
+    raw = bytes(ffi.buffer(run, _EXIT_UNION + _EXIT_UNION_SIZE)[_EXIT_UNION:])
+    return Unknown(run.exit_reason, raw)
+
+
+def _io(run: Any, size: int) -> Exit:
     io = run.io
     if io.direction == lib.KVM_EXIT_IO_IN:
         return IoIn(io.port, io.size, io.count)
+    if io.data_offset + io.size * io.count > size:
+        return _unknown(run)
     data = ffi.buffer(ffi.cast("uint8_t *", run) + io.data_offset, io.size * io.count)[:]
     return IoOut(io.port, io.size, io.count, data)
 
@@ -398,7 +405,6 @@ def _xen(run: Any) -> Exit:
 
 _DECODERS: dict[int, Callable[[Any], Exit]] = {
     1: lambda run: Exception_(run.ex.exception, run.ex.error_code),
-    2: _io,
     3: lambda run: Hypercall(run.hypercall.nr, tuple(run.hypercall.args), run.hypercall.flags),
     4: _debug,
     6: _mmio,

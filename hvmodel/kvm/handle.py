@@ -63,9 +63,9 @@ _CAP_USER_MEMORY = 3
 
 def _abandon(fd: int, what: str, pid: int) -> None:
     # The finalizer: holds integers only, so that it keeps nothing alive.  The warning comes last, for it may be made an
-    # exception.  What a child of os.fork forgets is its parent's.
+    # exception.  A child of os.fork has copies of its parent's descriptors: it closes them, and has forgotten nothing.
+    os.close(fd)
     if os.getpid() == pid:
-        os.close(fd)
         warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
 
 

@@ -10,13 +10,14 @@ import errno
 from bisect import bisect_right
 from operator import itemgetter
 
-from .._ffi import lib, run
+from .._ffi import ffi, lib, run
 from ..units import PAGE_SIZE
 from ..value import Value
 
 __all__ = ["MemSlot", "explain_region"]
 
 _first = itemgetter(0)
+_USER_END = (1 << 47) - PAGE_SIZE  # of a process without LA57 addresses
 _MAX_PAGES = (1 << 31) - 1
 _MIN_PHYS_BITS = 36  # guest physical addresses that every host maps
 _FLAGS = {"KVM_MEM_LOG_DIRTY_PAGES": 1, "KVM_MEM_READONLY": 2}
@@ -43,10 +44,11 @@ class MemSlot(Value):
 
 
 class _SlotMap:
-    # The slots of address space 0 in order of gpa.  Rebuilt at each change, read by the vCPU threads without a lock:
-    # both tuples are replaced together, in one store.
+    # The slots of address space 0 in order of gpa, twice: for Python, which reads without a lock (both tuples are
+    # replaced together, in one store), and for the run loop in C, which has a copy behind a lock of its own.
     def __init__(self) -> None:
         self.slots: dict[int, MemSlot] = {}
+        self.native = ffi.gc(ffi.new("struct hv_slots *"), lib.hv_slots_drop)
         self._sorted: tuple[tuple[int, ...], tuple[MemSlot, ...]] = ((), ())
 
     def put(self, slot: MemSlot) -> None:
@@ -60,6 +62,9 @@ class _SlotMap:
     def _sort(self) -> None:
         ordered = sorted([(s.gpa, s) for s in self.slots.values() if s.slot < 1 << 16], key=_first)
         self._sorted = (tuple([gpa for gpa, _ in ordered]), tuple([s for _, s in ordered]))
+        table = ffi.new("struct hv_slot[]", [(s.gpa, s.end, s.readonly, 0) for _, s in ordered])
+        if lib.hv_slots_set(self.native, table, len(ordered)) < 0:
+            raise MemoryError
         run.forget_mmio()
 
     def at(self, gpa: int) -> MemSlot | None:
@@ -102,7 +107,7 @@ def explain_region(
     if size == 0:
         if old is None:
             return "slot", slot, f"a slot that exists: {sorted(slots)}", "there is no such slot to delete"
-        return None
+        return ("hva", hva, "an address of this process, or 0", "not a user address") if hva > _USER_END else None
     if gpa + size >= 1 << 64:
         return "gpa", gpa, "gpa + size below 2**64", "the range wraps around"
     if size // PAGE_SIZE > _MAX_PAGES:
@@ -123,7 +128,7 @@ def explain_region(
                 f"[{gpa:#x}, {gpa + size:#x}) overlaps slot {other.slot} [{other.gpa:#x}, {other.end:#x})",
             )
     # What is left depends on the processor and the vendor module: these are where the kernel refused.
-    if hva + size > (1 << 47) - PAGE_SIZE:
+    if hva + size > _USER_END:
         return "hva", hva, "an address of this process", "not a user address"
     if gpa + size > 1 << _MIN_PHYS_BITS:
         return "gpa", gpa, "a guest physical address the vendor module can map", "beyond the guest's address width"

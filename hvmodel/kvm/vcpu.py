@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         kvm_run,
         kvm_sregs,
         kvm_sregs2,
+        kvm_sync_regs,
         kvm_vcpu_events,
         kvm_xcrs,
         kvm_xsave,
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Translation", "Vcpu", "get_msrs"]
 
-_run = lib.hv_run
-_run_until = lib.hv_run_until
 
 # What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever.
 _CLOSED = ffi.new("struct hv_vcpu *")
@@ -68,6 +67,7 @@ _KICK_WAIT_NS = 1_000_000
 _CLOSE_WAIT_NS = 10_000_000_000
 _MAX_TIMEOUT = 1e9
 _XSAVE_SIZE = 4096
+_SYNC_REGS_OFFSET = ffi.offsetof("struct kvm_run", "s")
 _EHWPOISON = 133  # the errno module of Python 3.11 lacks it
 
 _CAUSES = {
@@ -134,6 +134,28 @@ class Translation(Value):
     usermode: bool
 
 
+class _PageField:
+    # A field of the kvm_run page, copied while nobody runs the vCPU.
+    def __init__(self, name: str, doc: str) -> None:
+        self.__doc__ = doc
+        field = dict(ffi.typeof("struct kvm_run").fields or ())[name]
+        self._ctype = ffi.getctype(field.type, "*")
+        self._offset = field.offset
+        self._bits = 8 * ffi.sizeof(field.type)
+        self._name = name
+
+    def __get__(self, vcpu: Vcpu | None, owner: type) -> Any:
+        if vcpu is None:
+            return self
+        value = ffi.new(self._ctype)
+        vcpu._page_access(lib.hv_page_read, self._offset, value)
+        return int(value[0])
+
+    def __set__(self, vcpu: Vcpu, value: int) -> None:
+        number = ffi.new(self._ctype, _uint(f"Vcpu.{self._name}", "value", value, self._bits))
+        vcpu._page_access(lib.hv_page_write, self._offset, number)
+
+
 class _XsaveItem(StructItem["kvm_xsave"]):
     # KVM_SET_XSAVE reads as many bytes as KVM_CAP_XSAVE2 says: more than the struct has, where the process has asked
     # for AMX in guests (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM).
@@ -171,13 +193,14 @@ class Vcpu(Handle):
         super().__init__(fd, vm)
         try:
             out = ffi.new("struct hv_vcpu **")
-            rc = lib.hv_vcpu_open(fd, vm.kvm.vcpu_mmap_size, out)
+            rc = lib.hv_vcpu_open(fd, vm._mmap_size, out)
             if rc < 0:
                 raise HostError(-rc, "mmap", "fd", fd, None, "the kvm_run page of a vCPU")
         except BaseException:
             super().close()
             raise
         self._point(out[0])
+        self._c.slots = vm._slots.native
         self._finalizer.detach()
         self._finalizer = finalize(self, _abandon_vcpu, fd, f"Vcpu {id} fd={fd}", self._pid, self._address)
         vm._vcpus[id] = self
@@ -226,35 +249,39 @@ class Vcpu(Handle):
 
         Ioctl: KVM_RUN (4.10).
         """
-        return self._run_for(timeout)
+        return self.run_until(self._deadline(timeout))
 
     def run_until(self, deadline_ns: int) -> Exit:
         """run() with a deadline: CLOCK_MONOTONIC (time.monotonic_ns) in ns; 0: none."""
-        return self._run_by(deadline_ns)
+        while (word := lib.hv_run_until(self._c, self._until(deadline_ns))) in (lib.HV_RETRY, lib.HV_RING_FULL):
+            self._between(word)
+        return self._exit(word)
 
-    def _run_by(self, deadline_ns: int) -> Exit:
-        return self._exit(_run_until(self._c, _uint("Vcpu.run_until", "deadline_ns", deadline_ns, 63)))
+    def _deadline(self, timeout: float | None) -> int:
+        ns = _timeout_ns("Vcpu.run", timeout)
+        return 0 if ns < 0 else lib.hv_monotonic_ns() + ns
 
-    def _run_for(self, timeout: float | None) -> Exit:
-        return self._exit(_run(self._c, _timeout_ns("Vcpu.run", timeout)))
+    def _until(self, deadline_ns: int) -> int:
+        return _uint("Vcpu.run_until", "deadline_ns", deadline_ns, 63)
+
+    def _between(self, word: int) -> None:
+        # Before the guest is entered again without an exit; Python's signal handlers have run.
+        if word == lib.HV_RING_FULL:
+            if self._batch is not None:
+                self._batch._spill()
+        else:
+            _register_at_exit()
 
     def _exit(self, word: int) -> Exit:
         # What is not looked up: exits with more in the kvm_run page, interruptions, refusals.
-        while word < 0:
-            if word == lib.HV_RING_FULL and self._batch is not None:
-                self._batch._spill()
-            elif word == lib.HV_RETRY:
-                _register_at_exit()
-            else:
-                return self._interrupted(word)
-            # A Python signal handler that raises has done so by now; else go on until the same deadline.
-            word = _run_until(self._c, self._c.deadline)
+        if word < 0:
+            return self._interrupted(word)
         if not word & _COMPLEX:
             return exits._simple(word)
         c = self._c
         if c is _CLOSED:  # by another thread, since the exit
             raise self._run_error(lib.HV_CLOSED)
-        exit = exits.decode(c.exit)
+        exit = exits.decode(c.exit, c.exit_size)
         if word & 0xFF == lib.KVM_EXIT_MMIO:
             return self._not_in_slot(exit)
         return exit
@@ -298,7 +325,7 @@ class Vcpu(Handle):
                 errno.EIO, call, None, None, "a VM made by this process", f"process {self._pid} made {self!r}"
             )
         if word == lib.HV_UNANSWERED:
-            return UnansweredError(call, repr(exits.decode(self._c.exit)))
+            return UnansweredError(call, repr(exits.decode(self._c.exit, self._c.exit_size)))
         if word == lib.HV_EXITING:
             return SystemExit(f"{call}: the interpreter is exiting")
         if word == lib.HV_NO_TIMER:
@@ -346,7 +373,9 @@ class Vcpu(Handle):
             raise self._run_error(rc, "Vcpu.answer")
         if rc == -errno.EINVAL:
             raise ArgumentError("Vcpu.answer", "data", data, None, "no read exit waits for data")
-        raise ArgumentError("Vcpu.answer", "data", data, f"the size of {exits.decode(self._c.exit)!r}")
+        raise ArgumentError(
+            "Vcpu.answer", "data", data, f"the size of {exits.decode(self._c.exit, self._c.exit_size)!r}"
+        )
 
     def fail_msr(self) -> None:
         """Refuse the RdMsr or WrMsr exit at hand: the guest's instruction raises #GP."""
@@ -387,15 +416,53 @@ class Vcpu(Handle):
             batch._vcpu = self
 
     @property
-    def kvm_run(self) -> kvm_run:
-        """The kvm_run page, shared with the kernel: a `struct kvm_run *` that is valid until close().
-
-        Unsafe behind close(); never keep it.  Thread safety: the runner's thread.
-        """
+    def _kvm_run(self) -> kvm_run:
+        # The page itself, for tests: reading it after close() is a segmentation fault.
         if self._c is _CLOSED:
             raise ClosedError("Vcpu.kvm_run", repr(self))
         run: kvm_run = self._c.run
         return run
+
+    request_interrupt_window = _PageField(
+        "request_interrupt_window", "kvm_run: 1 asks for IrqWindowOpen as soon as the guest can take an interrupt."
+    )
+    ready_for_interrupt_injection = _PageField(
+        "ready_for_interrupt_injection", "kvm_run: whether interrupt() may be called, as of the last exit."
+    )
+    if_flag = _PageField("if_flag", "kvm_run: RFLAGS.IF as of the last exit.")
+    cr8 = _PageField(
+        "cr8", "kvm_run: CR8 as of the last exit; set, it is loaded at the next entry (no in-kernel APIC)."
+    )
+    apic_base = _PageField(
+        "apic_base", "kvm_run: the APIC base as of the last exit; set, it is loaded at the next entry."
+    )
+    kvm_valid_regs = _PageField(
+        "kvm_valid_regs", "kvm_run: which of KVM_SYNC_X86_* every exit puts into sync_regs (KVM_CAP_SYNC_REGS)."
+    )
+    kvm_dirty_regs = _PageField(
+        "kvm_dirty_regs", "kvm_run: which of KVM_SYNC_X86_* the next entry takes from sync_regs; KVM clears it then."
+    )
+
+    @property
+    def sync_regs(self) -> kvm_sync_regs:
+        """A copy of kvm_run.s.regs, the registers that came with the last exit; set, it is what kvm_dirty_regs names.
+
+        Costs no ioctl.  BusyError: another thread runs the vCPU.
+        """
+        regs = ffi.new("struct kvm_sync_regs *")
+        self._page_access(lib.hv_page_read, _SYNC_REGS_OFFSET, regs)
+        return regs
+
+    @sync_regs.setter
+    def sync_regs(self, regs: kvm_sync_regs) -> None:
+        if not isinstance(regs, ffi.CData) or ffi.typeof(regs) != ffi.typeof("struct kvm_sync_regs *") or not regs:
+            raise ArgumentTypeError("Vcpu.sync_regs", "value", regs, "a 'struct kvm_sync_regs *'")
+        self._page_access(lib.hv_page_write, _SYNC_REGS_OFFSET, regs)
+
+    def _page_access(self, call: Any, offset: int, data: Any) -> None:
+        rc = call(self._c, offset, ffi.cast("uint8_t *", data), ffi.sizeof(ffi.typeof(data).item))
+        if rc:
+            raise self._run_error(rc, "Vcpu.kvm_run")
 
     @property
     def has_exit_pending(self) -> bool:
@@ -493,7 +560,7 @@ class Vcpu(Handle):
     def interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: inject external interrupt `vector` (0 to 255) at the next entry; without in-kernel irqchip.
 
-        The caller checks that the guest can take it (kvm_run.ready_for_interrupt_injection).  ENXIO: there is an
+        The caller checks that the guest can take it (ready_for_interrupt_injection).  ENXIO: there is an
         in-kernel PIC.
         """
         arg = ffi.new("struct kvm_interrupt *", {"irq": _uint("KVM_INTERRUPT", "vector", vector)})

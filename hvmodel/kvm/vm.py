@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from _thread import allocate_lock
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, HvError
@@ -60,16 +61,19 @@ def _fd_of(call: str, field: str, file: object) -> int:
 class Vm(Handle):
     """A virtual machine, made by `Kvm.create_vm()`.
 
-    Closing it closes its vCPUs and takes its memory out of the memslots first, in QEMU's order.
+    Closing it closes its vCPUs first, and then lets go of the memory in its slots, which end with it: deleting them one
+    by one would cost a grace period each.
 
     Thread safety: any thread; ioctls only from the process that made it (ForkedError in a child of os.fork).
     """
 
     scope = "vm"
-    __slots__ = ("_pinned", "_slots", "_vcpus")
+    __slots__ = ("_mmap_size", "_pinned", "_slot_lock", "_slots", "_vcpus")
 
     def __init__(self, fd: int, kvm: Kvm) -> None:
         super().__init__(fd, kvm)
+        self._mmap_size = kvm.vcpu_mmap_size
+        self._slot_lock = allocate_lock()  # a slot is changed and noted, or looked up and used, in one step
         self._slots = _SlotMap()
         self._pinned: dict[int, tuple[Mapping, str]] = {}  # slot -> the memory it keeps, and the name of the pin
         self._vcpus: dict[int, Vcpu] = {}
@@ -81,22 +85,24 @@ class Vm(Handle):
         return kvm
 
     def close(self) -> None:
-        """Close its vCPUs, let go of the memory in its slots, close the fd.  May be called again.
+        """Close its vCPUs, close the fd, let go of the memory that was in its slots.  May be called again.
 
-        BusyError: a vCPU's thread did not leave KVM_RUN within 10 s; nothing is closed then.
+        BusyError: a vCPU's thread did not leave KVM_RUN within 10 s; it and the VM stay open then.
         """
         if self.closed:
             return
         for vcpu in list(self._vcpus.values()):
             vcpu.close()
+        super().close()
         for slot in list(self._pinned):
             self._unpin(slot)
-        super().close()
 
     def ioctl(self, name: str, arg: Any = None) -> int:
         """As Handle.ioctl.  A memslot that is set in this way is noted in `memslots`, and pins no memory."""
-        rc = super().ioctl(name, arg)
-        if name in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):
+        if name not in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):
+            return super().ioctl(name, arg)
+        with self._slot_lock:
+            rc = super().ioctl(name, arg)
             region = ffi.cast("struct kvm_userspace_memory_region *", arg)  # which the second one begins with
             self._note(region.slot, region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags)
         return rc
@@ -189,29 +195,31 @@ class Vm(Handle):
         )
         # Pinned before the kernel has it, so that there is no time in which the memory could go.
         why = f"memslot {slot} of VM fd={self._fd}"
-        if mapping is not None:
-            mapping.pin(why)
-        rc = lib.kvm_set_user_memory_region(fd, region)
-        if rc < 0:
+        with self._slot_lock:
             if mapping is not None:
-                mapping.unpin(why)
-            raise self._region_refusal(-rc, slot, gpa, size, hva, flags)
-        if slot in self._pinned:
-            self._unpin(slot)
-        if mapping is not None:
-            self._pinned[slot] = mapping, why
-        entry = MemSlot(slot, gpa, size, hva, flags)
-        self._slots.put(entry)
+                mapping.pin(why)
+            rc = lib.kvm_set_user_memory_region(fd, region)
+            if rc < 0:
+                if mapping is not None:
+                    mapping.unpin(why)
+                raise self._region_refusal(-rc, slot, gpa, size, hva, flags)
+            if slot in self._pinned:
+                self._unpin(slot)
+            if mapping is not None:
+                self._pinned[slot] = mapping, why
+            entry = MemSlot(slot, gpa, size, hva, flags)
+            self._slots.put(entry)
         return entry
 
     def delete_memory_region(self, slot: int) -> None:
         """Take slot `slot` away (memory_size 0).  KvmError EINVAL: there is no such slot."""
         call = "KVM_SET_USER_MEMORY_REGION"
         region = ffi.new("struct kvm_userspace_memory_region *", {"slot": _uint(call, "slot", slot)})
-        rc = lib.kvm_set_user_memory_region(self.fd, region)
-        if rc < 0:
-            raise self._region_refusal(-rc, slot, 0, 0, 0, 0)
-        self._note(slot, 0, 0, 0, 0)
+        with self._slot_lock:
+            rc = lib.kvm_set_user_memory_region(self.fd, region)
+            if rc < 0:
+                raise self._region_refusal(-rc, slot, 0, 0, 0, 0)
+            self._note(slot, 0, 0, 0, 0)
 
     def _note(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
         # What the kernel has taken.
@@ -258,13 +266,16 @@ class Vm(Handle):
         Without manual protection (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) this clears the log.  KvmError ENOENT: no such
         slot, or it has no KVM_MEM_LOG_DIRTY_PAGES; ENXIO: the dirty ring is in use.
         """
-        entry = self._slots.slots.get(_uint("KVM_GET_DIRTY_LOG", "slot", slot))
-        pages = entry.size >> 12 if entry else 64
-        bitmap = bytearray((pages + 63) // 64 * 8)
-        address = ffi.from_buffer(bitmap)
-        arg = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": ffi.cast("void *", address)})
-        rc = lib.kvm_get_dirty_log(self.fd, arg)
-        ffi.release(address)
+        _uint("KVM_GET_DIRTY_LOG", "slot", slot)
+        with self._slot_lock:
+            # The kernel writes as much as the slot has pages; for a slot that is not there, to nowhere.
+            entry = self._slots.slots.get(slot)
+            bitmap = bytearray(((entry.size >> 12) + 63) // 64 * 8 if entry else 0)
+            address = ffi.from_buffer(bitmap)
+            target = ffi.cast("void *", address) if entry else ffi.NULL
+            arg = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": target})
+            rc = lib.kvm_get_dirty_log(self.fd, arg)
+            ffi.release(address)
         if rc == -errno.ENOENT and entry is None:
             raise self._refusal("KVM_GET_DIRTY_LOG", -rc, "slot", slot, f"one of {sorted(self._slots.slots)}")
         detail = "the slot has no KVM_MEM_LOG_DIRTY_PAGES" if rc == -errno.ENOENT else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .._native import kvm_regs, kvm_sregs
     from ..kvm import Vcpu
 
-__all__ = ["MAX_INSN", "Cpu", "Location"]
+__all__ = ["MAX_INSN", "Cpu", "Location", "is_64_bit_code"]
 
 _CR0_RESET = 0x60000010  # CD, NW, ET
 _REAL_MODE_END = 0x10FFF0  # FFFF:FFFF + 1, the first byte that no CS:IP reaches
@@ -48,13 +48,20 @@ def _real_sregs() -> kvm_sregs:
 
 _REAL_SREGS = _real_sregs()
 _RUNNABLE = ffi.new("struct kvm_mp_state *", [lib.KVM_MP_STATE_RUNNABLE])
-_NO_EVENTS = ffi.new(
-    "struct kvm_vcpu_events *", {"flags": lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW}
-)
+_EVENT_FLAGS = lib.KVM_VCPUEVENT_VALID_NMI_PENDING | lib.KVM_VCPUEVENT_VALID_SHADOW
+_EFER_LMA = 0x400
+
+
+def is_64_bit_code(sregs: kvm_sregs) -> bool:
+    """Whether a vCPU with these registers executes 64-bit code: long mode, and a code segment with CS.L."""
+    return bool(sregs.efer & _EFER_LMA and sregs.cs.l)
 
 
 class Location(Value):
-    """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes there (b"": not in RAM)."""
+    """Where a vCPU is: CS selector, RIP, their linear address, and up to 15 bytes there (b"": not in RAM).
+
+    `linear` is RIP in 64-bit code, elsewhere the low 32 bits of CS base + RIP.
+    """
 
     cs: int
     rip: int
@@ -74,9 +81,12 @@ class Cpu:
     def __init__(self, kvm: Vcpu, read: Callable[[int, int], bytes]) -> None:
         self.kvm = kvm
         self._read = read
+        # Nothing pending and, where there is such a thing, out of system management mode.
+        smm = lib.KVM_VCPUEVENT_VALID_SMM if kvm.vm.check_extension(lib.KVM_CAP_X86_SMM) else 0
+        self._no_events = ffi.new("struct kvm_vcpu_events *", {"flags": _EVENT_FLAGS | smm})
         synced = kvm.vm.check_extension(lib.KVM_CAP_SYNC_REGS)
         # Registers ride along with every exit: no measurable cost, where asking for them costs an ioctl.
-        kvm.kvm_run.kvm_valid_regs = synced & (lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS)
+        kvm.kvm_valid_regs = synced & (lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS)
 
     @property
     def id(self) -> int:
@@ -117,7 +127,7 @@ class Cpu:
         """The state after reset: real mode at F000:FFF0 with the CS base 0xffff0000, that is at 0xfffffff0.
 
         General registers 0 (RDX too, for want of a processor signature), RFLAGS 2, CR0 0x60000010; pending events
-        dropped; runnable.  FPU, MSRs and debug registers are left as they are.
+        dropped; out of system management mode; runnable.  FPU, MSRs and debug registers are left as they are.
         """
         self._real(cs=0xF000, cs_base=0xFFFF0000, ip=0xFFF0, sp=0)
 
@@ -156,7 +166,7 @@ class Cpu:
         sregs.cs.selector, sregs.cs.base = cs, cs_base
         kvm.sregs = sregs
         kvm.regs = ffi.new("struct kvm_regs *", {"rip": ip, "rsp": sp, "rflags": 2})
-        kvm.vcpu_events = _NO_EVENTS
+        kvm.vcpu_events = self._no_events
         kvm.mp_state = _RUNNABLE
 
     # ---- where it is ----
@@ -164,15 +174,28 @@ class Cpu:
     def location(self) -> Location:
         """CS:RIP now, and the instruction bytes there as far as they are in RAM.
 
-        At a write exit KVM may have moved RIP past the instruction: where it emulates, it has.  Costs three ioctls.
+        At a read exit that is the instruction.  At a write exit it is the instruction behind it where KVM emulates it:
+        always for an address, but for REP, which stays at its instruction until all is done; for a port where the mode
+        is emulated (real mode on kvm_pvm).  A port write that the processor itself hands to KVM (kvm_intel, kvm_amd)
+        leaves RIP at the OUT until the next run, port 0x7E excepted.  Costs three ioctls.
+
+        Sources: linux:arch/x86/kvm/x86.c kvm_get_linear_rip, kvm_fast_pio_out, x86_emulate_instruction@v6.18.
         """
         regs, sregs = self.kvm.regs, self.kvm.sregs
-        linear = (sregs.cs.base + regs.rip) & (0xFFFFFFFFFFFFFFFF if sregs.efer & 0x400 else 0xFFFFFFFF)
+        linear = regs.rip if is_64_bit_code(sregs) else (sregs.cs.base + regs.rip) & 0xFFFFFFFF
         return Location(sregs.cs.selector, regs.rip, linear, self._fetch(linear, MAX_INSN))
+
+    def _before(self, where: Location, size: int) -> bytes:
+        # Up to so many bytes before `where`, as far as they are in the code segment and in RAM.
+        passed = b""
+        while len(passed) < min(where.rip, size) and (byte := self._fetch(where.linear - len(passed) - 1, 1)):
+            passed = byte + passed
+        return passed
 
     def _fetch(self, linear: int, size: int) -> bytes:
         # As many of the bytes as lie in RAM; page by page, for the next page may lie elsewhere.
         found = b""
+        linear &= 0xFFFFFFFFFFFFFFFF
         while size:
             here = min(size, 0x1000 - (linear & 0xFFF))
             try:

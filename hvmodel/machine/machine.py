@@ -37,11 +37,11 @@ from ..ram.block import ram_size
 from ..units import GiB
 from ..value import Value
 from .console import Console
-from .cpu import MAX_INSN, Cpu
+from .cpu import MAX_INSN, Cpu, is_64_bit_code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Any, Literal, Self
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .._native import kvm_cpuid2
     from ..host.mapping import Writable
     from ..kvm.exits import Exit
+    from .console import Claim
     from .cpu import Location
 
 __all__ = ["Machine", "Stop"]
@@ -61,6 +62,8 @@ _TSS = 0xFEFFD000
 
 _POLICIES = ("strict", "open_bus")
 _TERMINAL = (Shutdown, FailEntry, InternalError)
+_PORT_EXITS = (IoIn, IoOut)
+_DF = 0x400  # RFLAGS: string instructions go downwards
 _REASONS: dict[type, str] = {
     Hlt: "halted",
     Shutdown: "shutdown",
@@ -109,7 +112,7 @@ class Machine:
     `kvm`: a `Kvm` to make it from (it stays yours); default: a new one on /dev/kvm.
 
     Raises ArgumentError and ArgumentTypeError for the arguments; HostError where /dev/kvm cannot be opened; KvmError.
-     Nothing is left open then.
+    Nothing is left open then.
 
     Thread safety: one thread at a time, but `kick()` from any.
 
@@ -144,7 +147,7 @@ class Machine:
         self._batch: Batch | None = None
         self._console: Console | None = None
         self._debug_rule: int | None = None  # the port of the rule for debug_exit
-        self._claims: dict[int, Callable[[IoOut], None]] = {}
+        self._claims: dict[int, Claim] = {}  # by the port where an access begins
         self._roms: list[RamBlock] = []
         self._owned: list[Any] = []  # closed in reverse
         self._spaces: list[tuple[int, int, RamBlock, int]] = []  # gpa, size, block, offset
@@ -172,11 +175,21 @@ class Machine:
         return thing
 
     def _add(self, gpa: int, block: RamBlock, offset: int, size: int, flags: int = 0) -> None:
-        slot = len(self._spaces)
-        self.vm.set_user_memory_region(slot, gpa, block.mapping, offset=offset, size=size, flags=flags)
-        self._spaces.append((gpa, size, block, offset))
-        if self._batch is not None:
-            self._guard(self._batch, gpa, size, bool(flags & lib.KVM_MEM_READONLY))
+        spaces, slots = len(self._spaces), self.vm.memslots
+        slot = next(n for n in range(len(slots) + 1) if n not in slots)  # there may be some of the caller's
+        try:
+            self.vm.set_user_memory_region(slot, gpa, block.mapping, offset=offset, size=size, flags=flags)
+            self._spaces.append((gpa, size, block, offset))
+            if self._batch is not None:
+                self._guard(self._batch, gpa, size, bool(flags & lib.KVM_MEM_READONLY))
+        except BaseException:
+            del self._spaces[spaces:]
+            try:
+                if slot in self.vm.memslots:
+                    self.vm.delete_memory_region(slot)
+            except HvError:
+                pass  # the first error says more; close() lets go of the memory
+            raise
 
     # ---- life ----
 
@@ -272,14 +285,18 @@ class Machine:
         block, offset = self._find("Machine.load_bios", (1 << 20) - low, low)
         block.write(offset, view[size - low :])
         rom: RamBlock = RamBlock("pc.bios", size)
+        self._owned.insert(self._owned.index(self.vm), rom)
         try:
             rom.write(0, view)
             self._add(_HIGH_RAM - size, rom, 0, size, lib.KVM_MEM_READONLY)
         except BaseException:
-            rom.close()
+            try:
+                rom.close()
+                self._owned.remove(rom)
+            except HvError:
+                pass  # its slot could not be removed: it stays owned
             raise
         self._roms.append(rom)
-        self._owned.insert(self._owned.index(self.vm), rom)
 
     # ---- exits served in C ----
 
@@ -360,9 +377,12 @@ class Machine:
                 if self.unclaimed != "open_bus" or not self._answer_ones():
                     raise
                 continue
-            if claims and isinstance(exit, IoOut) and exit.port in claims:
-                claims[exit.port](exit)
-                continue
+            if claims and isinstance(exit, _PORT_EXITS) and exit.port in claims:
+                answer = claims[exit.port](exit, self.unclaimed == "open_bus")
+                if answer is not None:
+                    if isinstance(exit, IoIn):
+                        self.answer(answer)
+                    continue
             if type(exit) is Again:
                 continue
             yield exit
@@ -371,7 +391,7 @@ class Machine:
 
     def _answer_ones(self) -> bool:
         # As an empty bus would.  False for what is no bus: a host page that cannot be read.
-        exit = self.vcpu.kvm._not_in_slot(kvm_exits.decode(self.vcpu.kvm._c.exit))
+        exit = self.vcpu.kvm._not_in_slot(kvm_exits.decode(self.vcpu.kvm._c.exit, self.vcpu.kvm._c.exit_size))
         if isinstance(exit, HostFault):
             return False
         if isinstance(exit, IoIn | MmioRead):
@@ -399,7 +419,9 @@ class Machine:
             self._serve_unclaimed("ignore")
         elif self._batch is not None:
             self._serve_unclaimed("stop")
-        for exit in self._exits(deadline):
+        exits = self._exits(deadline)
+        while True:
+            exit = next(exits)  # what ends them ends this loop
             if isinstance(exit, IoOut) and exit.port == self.debug_exit:
                 return Stop("debug-exit", exit)
             if isinstance(exit, IoIn | IoOut | MmioRead | MmioWrite):
@@ -411,7 +433,6 @@ class Machine:
             if isinstance(exit, Interrupted):
                 return Stop("timeout" if exit.cause == "timeout" else "interrupted", exit)
             return Stop(_REASONS.get(type(exit), "exit"), exit)
-        raise HvError("Machine.run: the exits ended without a reason")  # pragma: no cover
 
     def _claim_debug_exit(self) -> None:
         # Under open bus C would drop the write.  Guests write up to 4 bytes, as QEMU's iosize=4 has them.
@@ -423,40 +444,80 @@ class Machine:
 
     def _unclaimed_error(self, exit: IoIn | IoOut | MmioRead | MmioWrite) -> GuestAccessError:
         where = self.vcpu.location()
-        cs, rip, insn = where.cs, where.rip, where.insn
         if isinstance(exit, IoIn | IoOut):
             space, address, count = "port", exit.port, exit.count
         else:
             space, address, count = "address", exit.gpa, 1
-        is_write = isinstance(exit, IoOut | MmioWrite)
+        behind: int | None = 0  # how far RIP is behind the start of the instruction, which a read leaves it at
         if isinstance(exit, IoOut):
-            before = self._out_before(exit, where)
-            rip, insn = rip - len(before), (before + insn)[:MAX_INSN]
+            behind = self._behind_out(exit, where)
+        elif isinstance(exit, MmioWrite) and not self._at_rep_store(exit, where):
+            behind = None
+        before = self.vcpu._before(where, MAX_INSN if behind is None else behind)
+        rip, insn = where.rip, where.insn
+        if behind is not None:
+            rip, insn, before = rip - behind, (before + insn)[:MAX_INSN], b""
+        is_write = isinstance(exit, IoOut | MmioWrite)
         data = exit.data if isinstance(exit, IoOut | MmioWrite) else b""
-        return GuestAccessError(space, address, exit.size, count, is_write, data, cs, rip, insn)
+        return GuestAccessError(
+            space, address, exit.size, count, is_write, data, where.cs, rip, insn, behind is not None, before
+        )
 
-    def _out_before(self, exit: IoOut, where: Location) -> bytes:
-        # The bytes of an OUT or OUTS that RIP has passed.  KVM's emulator moves RIP past it before the exit, but leaves
-        # it at a REP OUTS; the processors' own port exits leave it at an OUT until that is completed.
+    def _behind_out(self, exit: IoOut, where: Location) -> int | None:
+        # How many bytes of the OUT or OUTS RIP has passed, None where that cannot be told.  KVM's emulator moves RIP
+        # past it before the exit, but leaves it at a REP OUTS.  A port exit of the processor's own leaves it at the OUT
+        # until that is completed, but for port 0x7E (linux:arch/x86/kvm/x86.c kvm_fast_pio_out@v6.18).
         cpu = self.vcpu
         cpu.kvm.complete_io()
-        regs, cs = cpu.regs, cpu.sregs.cs
-        if exit.count != 1 or regs.rip != where.rip:
-            return b""
-        passed = b""
-        while len(passed) < min(where.rip, 3) and (byte := cpu._fetch(where.linear - len(passed) - 1, 1)):
-            passed = byte + passed
-        wide = exit.size > 1
-        if passed[-2:] == bytes((0xE6 | wide, exit.port & 0xFF)) and exit.port <= 0xFF:
-            size = 2  # out imm8
-        elif passed[-1:] in (bytes((0xEE | wide,)), bytes((0x6E | wide,))) and regs.rdx & 0xFFFF == exit.port:
-            size = 1  # out dx, outs
-        else:
-            return b""
+        regs, sregs = cpu.regs, cpu.sregs
+        if regs.rip != where.rip:
+            return 0
+        passed, wide = cpu._before(where, 3), exit.size > 1
+        is_dx = regs.rdx & 0xFFFF == exit.port
+        is_al = regs.rax.to_bytes(8, "little")[: exit.size] == exit.data
+        sizes = []
+        if is_al and exit.port <= 0xFF and passed[-2:] == bytes((0xE6 | wide, exit.port)):
+            sizes.append(2)  # out imm8
+        elif is_dx and passed and (passed[-1] == 0x6E | wide or (is_al and passed[-1] == 0xEE | wide)):
+            sizes.append(1)  # outs, out dx
+        if is_dx and _rep_opcode(where.insn, is_64_bit_code(sregs)) == 0x6E | wide:
+            sizes.append(0)  # rep outs
+        if len(sizes) != 1:
+            return None
+        size = sizes[0]
         # The operand size that is not the code segment's own takes a prefix.
-        if exit.size == (2 if cs.db or cs.l else 4) and passed[:-size][-1:] == b"\x66":
+        other = 2 if sregs.cs.db or sregs.cs.l else 4
+        if size and exit.size == other and passed[:-size][-1:] == b"\x66":
             size += 1
-        return passed[-size:]
+        return size
+
+    def _at_rep_store(self, exit: MmioWrite, where: Location) -> bool:
+        # Whether RIP is at the REP MOVS, STOS or INS that wrote: the emulator leaves it there until RCX is 0 and it is
+        # looked at once more, and has moved RDI on.
+        cpu = self.vcpu
+        regs, sregs = cpu.regs, cpu.sregs
+        is_64_bit = is_64_bit_code(sregs)
+        if _rep_opcode(where.insn, is_64_bit) not in (0x6C, 0x6D, 0xA4, 0xA5, 0xAA, 0xAB):
+            return False
+        rdi = (regs.rdi + (exit.size if regs.rflags & _DF else -exit.size)) & (1 << 64) - 1
+        linear = [rdi]
+        if not is_64_bit:  # of 16 or of 32 bits
+            linear = [(sregs.es.base + (rdi & mask)) & 0xFFFFFFFF for mask in (0xFFFF, 0xFFFFFFFF)]
+        found = [cpu.kvm.translate(gva) for gva in linear]
+        return any(at.valid and at.gpa == exit.gpa for at in found)
+
+
+_PREFIXES = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3"
+_REX = bytes(range(0x40, 0x50))
+
+
+def _rep_opcode(insn: bytes, is_64_bit: bool) -> int | None:
+    # The opcode of the instruction where it has a REP prefix.
+    code = insn.lstrip(_PREFIXES)
+    prefixes = insn[: len(insn) - len(code)]
+    if is_64_bit and code[:1] in _REX:
+        code = code[1:]
+    return code[0] if code and (0xF2 in prefixes or 0xF3 in prefixes) else None
 
 
 def _bytes(call: str, field: str, data: Buffer) -> memoryview:

@@ -8,7 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .registry import Check, check, registered, run
-    from .result import CheckResult, Tally
+    from .result import CheckResult, Lacking, Tally
     from .ringbuffer import Record
     from .stats import Stats
     from .tracefs import Instance, Lost, Tracefs
@@ -17,6 +17,7 @@ _HOMES = {
     "Check": "registry",
     "CheckResult": "result",
     "Instance": "tracefs",
+    "Lacking": "result",
     "Lost": "tracefs",
     "Record": "ringbuffer",
     "Stats": "stats",
@@ -31,6 +32,7 @@ __all__ = [
     "Check",
     "CheckResult",
     "Instance",
+    "Lacking",
     "Lost",
     "Record",
     "Stats",

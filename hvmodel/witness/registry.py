@@ -6,9 +6,11 @@ lacking.  Every module that has checks stands in `MODULES`, so that what runs ne
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, HvError
+import errno
+
+from ..errors import ArgumentError, HostError, HvError, KvmError, UnsupportedError
 from ..value import Value
-from .result import CheckResult, Tally
+from .result import CheckResult, Lacking, Tally
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +23,22 @@ __all__ = ["Check", "check", "registered", "run"]
 MODULES = ("checks",)  # modules of hvmodel.witness that hold checks
 
 _PREFIX = "check_"
+
+# The calls that open what a check needs (/dev/kvm, BTF, tracefs and an instance in it).
+_OPENERS = ("fsconfig", "fsmount", "fsopen", "mkdir", "open", "set_event_pid")
+_REFUSED = (errno.EPERM, errno.EACCES)
+_ABSENT = (errno.ENODEV, errno.ENOENT, errno.ENOSYS, errno.ENOTSUP, errno.ENXIO)
+
+
+def _is_lacking(error: Exception) -> bool:
+    # Whether the host does not have, or does not let us have, what a check needs.  A relative path is one below a mount
+    # that is there, so that its absence is an error of ours.
+    if isinstance(error, Lacking | UnsupportedError):
+        return True
+    if not isinstance(error, HostError) or isinstance(error, KvmError) or error.call not in _OPENERS:
+        return False
+    relative = error.field == "path" and not str(error.value).startswith("/")
+    return error.errno in _REFUSED or (error.errno in _ABSENT and not relative)
 
 
 class Check(Value):
@@ -36,13 +54,19 @@ class Check(Value):
     def run(self, cases: int) -> CheckResult:
         """Compare `cases` cases.
 
-        An HvError or OSError means that this host lacks something; any other exception is a bug and rises.
+        Before the first comparison, `Lacking`, UnsupportedError, or a HostError that refuses or misses something to be
+        opened mean that this host lacks it.  Any other HvError or OSError, and those later on, break the check off,
+        which is a mismatch.  Every other exception is a bug and rises.
         """
         tally = Tally(self.model, self.witness)
         try:
             self.function(tally, cases)
         except (HvError, OSError) as error:
-            tally.lack(f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            if tally.compared == 0 and tally.mismatches == 0 and _is_lacking(error):
+                tally.lack(text)
+            else:
+                tally.break_off(text)
         return tally.result()
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from ..errors import HvError
 from ..value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["CheckResult", "Tally"]
+__all__ = ["CheckResult", "Lacking", "Tally"]
 
 MAX_EXAMPLES = 8
+
+
+class Lacking(HvError):
+    """Raised by a check before it compares anything: this host cannot show it, for the reason in the text."""
 
 
 class CheckResult(Value):
     """One line of `hvmodel verify`.
 
     `compared` cases were compared, `mismatches` of them differ, `examples` shows the first few of those in words;
-    `lacking` says what this host cannot show, in words.
+    a check that broke off counts as one more mismatch, whose example says why.  `lacking` says what this host cannot
+    show, in words.
     """
 
     model: str
@@ -29,7 +35,7 @@ class CheckResult(Value):
 
     @property
     def ok(self) -> bool:
-        """Whether something was compared and nothing differs."""
+        """Whether the check ran to its end, something was compared, and nothing differs."""
         return self.compared > 0 and self.mismatches == 0
 
     @property
@@ -90,6 +96,20 @@ class Tally:
             self.mismatches += 1
             if len(self._examples) < MAX_EXAMPLES:
                 self._examples.append(text)
+
+    def break_off(self, why: str) -> None:
+        """Note that the check ends here, before its end: a mismatch, whatever was compared so far.
+
+        >>> tally = Tally("a model", "its witness")
+        >>> tally.count(5)
+        >>> tally.break_off("12 events lost")
+        >>> tally.result().ok, tally.result().examples
+        (False, ('broke off after 5 cases: 12 events lost',))
+        """
+        self.mismatches += 1
+        # Said even where there are examples enough: it is why there are no more.
+        del self._examples[MAX_EXAMPLES - 1 :]
+        self._examples.append(f"broke off after {self.compared} cases: {why}")
 
     def lack(self, *what: str) -> None:
         """Note what cannot be observed here; each text is kept once."""

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hvmodel.cli import main
-from hvmodel.errors import HvError
-from hvmodel.witness import Tally, check, registered, registry
+from hvmodel.witness import Lacking, Tally, check, registered, registry
 from tests.cli.command import hvmodel, is_one_sentence, object_of
 from tests.need import need
 
@@ -73,11 +72,23 @@ def test_comparing_nothing_for_no_reason_is_1(only: Register, capfd: pytest.Capt
 
 def test_nothing_to_compare_with_is_8(only: Register, capfd: pytest.CaptureFixture[str]) -> None:
     def lacks(tally: Tally) -> None:
-        raise HvError("no such thing here")
+        raise Lacking("no such thing here")
 
     only(lacks)
     assert main(["verify", "--json"]) == 8
     assert [row["skipped"] for row in json.loads(capfd.readouterr().out)] == [True]
+
+
+def test_breaking_off_is_1(only: Register, capfd: pytest.CaptureFixture[str]) -> None:
+    def breaks_off(tally: Tally) -> None:
+        tally.count(3)
+        raise Lacking("no more of it")
+
+    only(breaks_off)
+    assert main(["verify"]) == 1
+    text = capfd.readouterr().out
+    assert "3         1           WRONG" in text
+    assert "only: mismatch: broke off after 3 cases: Lacking: no more of it" in text
 
 
 def test_slow_takes_more_cases(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,19 @@ def program(function: Callable[[int], None]) -> Callable[[int], None]:
     return function
 
 
+HOUR_NS = 3600 * 10**9
+BEAT_NS = 100_000_000
+
+
+def program_with_heartbeat(function: Callable[[int], None]) -> Callable[[int], None]:
+    """A program whose subject is what the heartbeat mends; from the others it would hide what was lost."""
+    heartbeats.add(function.__name__)
+    return program(function)
+
+
+heartbeats: set[str] = set()
+
+
 @contextmanager
 def guest(code: bytes = SPIN, **named: object) -> Iterator[hv.Machine]:
     with hv.Machine(ram="64K", **named) as machine:
@@ -341,7 +354,7 @@ def exit_executor(rounds: int) -> None:
         time.sleep(1e-4)
 
 
-@program
+@program_with_heartbeat
 def exit_executor_late(rounds: int) -> None:
     """The same, with the executor imported after the machine was made: its exit hook comes before ours."""
     machine = hv.Machine(ram="64K")
@@ -433,5 +446,6 @@ def no_signal_queue(rounds: int) -> None:
 
 
 if __name__ == "__main__":
+    lib.hv_set_heartbeat(BEAT_NS if sys.argv[1] in heartbeats else HOUR_NS)
     programs[sys.argv[1]](int(sys.argv[2]))
     print("ok", flush=True)

@@ -461,7 +461,7 @@ def test_records_of_exits_that_are_left_to_python(
 def test_records_in_numpy(served: Callable[..., tuple[Guest, hv.Batch]]) -> None:
     g, batch = served(program(ACCESSES), unclaimed_pio="ignore", unclaimed_mmio="ignore")
     if need_cap(g.vm, "SYNC_REGS") & 1:
-        g.vcpu.kvm_run.kvm_valid_regs = 1
+        g.vcpu._kvm_run.kvm_valid_regs = 1
     batch.record(1000, timestamps=True)
     before = time.monotonic_ns()
     assert g.run() == hv.Hlt()

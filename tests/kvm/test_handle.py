@@ -308,7 +308,7 @@ def test_fields_of_every_struct_that_an_attribute_has(vcpu: Vcpu) -> None:
     assert fields(vcpu.fpu)["fcw"] == 0x37F
     assert len(fields(vcpu.fpu)["xmm"]) == 16
     assert fields(vcpu.regs[0]) == fields(vcpu.regs)
-    assert fields(vcpu.kvm_run)["immediate_exit"] == 0
+    assert fields(vcpu._kvm_run)["immediate_exit"] == 0
     assert fields(ffi.new("struct kvm_msrs *", {"entries": 3}))["entries"] == []  # how many, only nmsrs knows
 
 

@@ -64,7 +64,7 @@ def test_the_signal_mask_of_a_vcpu_is_that_of_kvm_run(guest: GuestMaker) -> None
         g.load(OUT_AND_HALT)
         g.vcpu.ioctl("KVM_SET_SIGNAL_MASK", nothing)
         assert lib.kvm_run(g.vcpu.fd) == 0
-        assert g.vcpu.kvm_run.exit_reason == lib.KVM_EXIT_IO
+        assert g.vcpu._kvm_run.exit_reason == lib.KVM_EXIT_IO
     finally:
         assert signal.sigwait({signal.SIGUSR2}) == signal.SIGUSR2
         signal.pthread_sigmask(signal.SIG_SETMASK, old)

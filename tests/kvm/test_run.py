@@ -439,7 +439,7 @@ def test_internal_error_without_the_instruction(boot: Boot) -> None:
 def test_interrupt_window(boot: Boot) -> None:
     machine = boot("interrupts")
     vcpu = machine.vcpu.kvm
-    page = vcpu.kvm_run
+    page = vcpu._kvm_run
     page.request_interrupt_window = 1
     seen = [run(machine)]
     while not isinstance(seen[-1], kinds.IrqWindowOpen):
@@ -549,7 +549,7 @@ def test_synced_registers_are_those_of_the_exit(boot: Boot) -> None:
     if not need_cap(machine.vm, "SYNC_REGS") & lib.KVM_SYNC_X86_REGS:
         pytest.skip("KVM_CAP_SYNC_REGS has no general registers")
     run(machine)
-    synced, asked = vcpu.kvm_run.s.regs.regs, vcpu.regs
+    synced, asked = vcpu._kvm_run.s.regs.regs, vcpu.regs
     assert bytes(ffi.buffer(ffi.addressof(synced))) == bytes(ffi.buffer(asked))
     assert synced.rax == 0x11223344
 
@@ -560,7 +560,7 @@ def test_registers_can_be_set_by_the_page(boot: Boot) -> None:
     if not need_cap(machine.vm, "SYNC_REGS") & lib.KVM_SYNC_X86_REGS:
         pytest.skip("KVM_CAP_SYNC_REGS has no general registers")
     assert run(machine) == hv.IoOut(0x10, 4, 1, bytes(4))
-    page = vcpu.kvm_run
+    page = vcpu._kvm_run
     page.s.regs.regs.rax = 0x41
     page.kvm_dirty_regs = lib.KVM_SYNC_X86_REGS
     assert run(machine) == hv.IoOut(0x10, 4, 1, b"\x42\0\0\0")  # and one added by the guest
@@ -569,11 +569,11 @@ def test_registers_can_be_set_by_the_page(boot: Boot) -> None:
 
 def test_an_invalid_valid_bit_is_refused_by_kvm_run(guest: Callable[..., Guest]) -> None:
     g = guest()
-    g.vcpu.kvm_run.kvm_valid_regs = 1 << 63
+    g.vcpu._kvm_run.kvm_valid_regs = 1 << 63
     with pytest.raises(hv.KvmError, match="kvm_valid_regs") as caught:
         g.run()
     assert (caught.value.errno, caught.value.call) == (errno.EINVAL, "KVM_RUN")
-    g.vcpu.kvm_run.kvm_valid_regs = 0
+    g.vcpu._kvm_run.kvm_valid_regs = 0
     assert g.run() == hv.Hlt()
 
 

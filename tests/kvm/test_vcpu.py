@@ -162,7 +162,7 @@ def test_wrong_frequencies(vcpu: Vcpu) -> None:
 def test_the_page_shows_the_exit(guest: GuestMaker) -> None:
     g = guest(OUT_AND_HALT)
     g.run()
-    run = g.vcpu.kvm_run
+    run = g.vcpu._kvm_run
     assert (run.exit_reason, run.io.port, run.io.size) == (lib.KVM_EXIT_IO, 0x10, 1)
     assert g.vcpu.has_exit_pending
     g.vcpu.complete_io()
@@ -173,7 +173,7 @@ def test_the_page_shows_the_exit(guest: GuestMaker) -> None:
 def test_registers_come_along_where_they_are_synced(guest: GuestMaker) -> None:
     g = guest(OUT_AND_HALT)
     need_cap(g.vm, "SYNC_REGS")
-    run = g.vcpu.kvm_run
+    run = g.vcpu._kvm_run
     run.kvm_valid_regs = lib.KVM_SYNC_X86_REGS
     g.run()
     assert run.s.regs.regs.rip == g.vcpu.regs.rip
@@ -198,7 +198,7 @@ def test_a_closed_vcpu_says_so(vcpu: Vcpu) -> None:
             lambda: vcpu.answer(b""),
             vcpu.fail_msr,
             vcpu.complete_io,
-            lambda: vcpu.kvm_run,
+            lambda: vcpu._kvm_run,
             lambda: vcpu.tsc_khz,
             lambda: setattr(vcpu, "tsc_khz", 5),
             lambda: vcpu.get_msrs([1]),

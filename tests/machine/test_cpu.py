@@ -6,14 +6,16 @@ Expected: Intel SDM vol. 3 table 10-1 and section 21.1, and what the guest itsel
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import hvmodel as hv
-from hvmodel._ffi import lib
-from hvmodel.machine import Location
+from hvmodel._ffi import ffi, lib
+from hvmodel.machine import Cpu, Location
 from tests.cases import cases
 from tests.need import need
 
@@ -146,6 +148,86 @@ def test_instruction_bytes_as_far_as_there_is_ram(machine: hv.Machine) -> None:
         regs.rip = offset
         machine.vcpu.regs = regs
         assert machine.vcpu.location().insn == insn
+
+
+CR0_PE_PG, CR4_PAE, EFER_LME_LMA = 0x80000001, 0x20, 0x500
+
+
+@pytest.mark.parametrize(
+    ("long_mode", "cs_l", "base", "rip", "linear"),
+    [
+        (False, 0, 0x1000, 0x234, 0x1234),
+        (False, 0, 0xFFFFF000, 0x2345, 0x1345),  # 32 bits
+        (True, 1, 0, 0xFFFFFFFF80000000, 0xFFFFFFFF80000000),
+        (True, 1, 0x1000, 0x234, 0x234),  # the base of CS does not count in 64-bit code
+        (True, 0, 0x1000, 0x234, 0x1234),  # compatibility mode
+        (True, 0, 0xFFFFF000, 0x2345, 0x1345),
+    ],
+)
+def test_the_linear_address_of_every_mode(
+    machine: hv.Machine, long_mode: bool, cs_l: int, base: int, rip: int, linear: int
+) -> None:
+    # Intel SDM vol. 3 section 3.4.4; linux:arch/x86/kvm/x86.c kvm_get_linear_rip.
+    machine.vcpu.real_mode(0x7C00)
+    kvm = machine.vcpu.kvm
+    sregs, regs = kvm.sregs, kvm.regs
+    if long_mode:
+        sregs.cr3, sregs.cr4, sregs.efer = 0x10000, CR4_PAE, EFER_LME_LMA
+        sregs.cr0 |= CR0_PE_PG
+        sregs.cs.selector, sregs.cs.type, sregs.cs.l, sregs.cs.db = 8, 0xB, cs_l, 1 - cs_l
+    sregs.cs.base = base
+    regs.rip = rip
+    kvm.sregs, kvm.regs = sregs, regs
+    where = machine.vcpu.location()
+    assert (where.rip, where.linear) == (rip, linear)
+
+
+@pytest.mark.parametrize("smm", [0, 1])
+def test_a_state_to_start_in_is_out_of_smm_where_there_is_smm(smm: int) -> None:
+    # KVM_CAP_X86_SMM is asked for once; its flag makes KVM take events.smi, all zeros.
+    asked, events = [], []
+
+    class Fake:
+        """What Cpu uses of a Vcpu."""
+
+        id = 0
+        kvm_run = SimpleNamespace()
+        regs = mp_state = None
+
+        @property
+        def vm(self) -> Any:
+            return self
+
+        @property
+        def sregs(self) -> Any:
+            return ffi.new("struct kvm_sregs *")
+
+        @sregs.setter
+        def sregs(self, value: Any) -> None:
+            pass
+
+        @property
+        def vcpu_events(self) -> Any:
+            return None
+
+        @vcpu_events.setter
+        def vcpu_events(self, value: Any) -> None:
+            events.append((value.flags, value.smi.smm, value.smi.pending))
+
+        def check_extension(self, cap: int) -> int:
+            asked.append(cap)
+            return smm if cap == lib.KVM_CAP_X86_SMM else 0
+
+        def complete_io(self) -> None:
+            pass
+
+    fake: Any = Fake()
+    cpu = Cpu(fake, lambda _gpa, _size: b"")
+    cpu.reset()
+    cpu.real_mode(0x7C00)
+    assert asked.count(117) == 1
+    want = 0x1 | 0x4 | (0x8 if smm else 0)  # KVM_VCPUEVENT_VALID_NMI_PENDING, _SHADOW, _SMM
+    assert events == [(want, 0, 0)] * 2
 
 
 @pytest.mark.parametrize("entry", [-1, END, 1 << 32, 1 << 70])

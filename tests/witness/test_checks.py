@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hvmodel.errors import HostError
-from hvmodel.witness import Tally, checks, registered, run, tracefs
+from hvmodel.witness import Tally, abi, btf, checks, registered, run, tracefs
 from tests.need import need
 
 if TYPE_CHECKING:
@@ -21,10 +22,38 @@ def test_names() -> None:
 
 
 def test_abi_agrees() -> None:
-    need("btf")
+    need("btf", "kvm")
     (result,) = run(["abi"])
     assert result.ok, result
     assert result.compared > 500
+
+
+def test_btf_with_few_structs_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of a kernel whose KVM is a module without BTF: vmlinux alone knows few of the structs, and they agree.
+    monkeypatch.setattr(abi, "compare_abi", lambda _: abi.AbiComparison(65, 900, (), (), ()))
+    monkeypatch.setattr(btf.Btf, "for_module", lambda _: btf.Btf.__new__(btf.Btf))
+    monkeypatch.setattr(btf.Btf, "source", "vmlinux", raising=False)
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/sys/module/kvm")
+    (result,) = run(["abi"])
+    assert (result.ok, result.skipped, result.mismatches) == (False, False, 1)
+    assert "65 of our structs" in result.examples[0]
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    (result,) = run(["abi"])
+    assert result.skipped
+    assert "not loaded" in result.lacking[0]
+
+
+def test_lost_events_are_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("kvm", "tracefs")
+    monkeypatch.setattr(tracefs.Instance, "lost", property(lambda _: tracefs.Lost(next(losses), 0, 0)))
+    monkeypatch.setattr(checks, "_CHUNK", 5)
+    losses = iter([0, 7, 7])  # at each look; the text looks again
+    (result,) = run(["exits_run"], cases=10)
+    assert (result.ok, result.skipped, result.compared, result.mismatches) == (False, False, 5, 1)
+    assert result.examples == ("broke off after 5 cases: 7 events lost by the trace buffer",)
+    losses = iter([7, 7])
+    (result,) = run(["exits_run"], cases=10)
+    assert (result.ok, result.skipped, result.compared) == (False, False, 0)
 
 
 @pytest.mark.parametrize("name", ["exits_run", "exits_batch"])

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from hvmodel.errors import ArgumentError, HostError
-from hvmodel.witness import CheckResult, Tally, registry
+from hvmodel.errors import ArgumentError, HostError, HvError, KvmError, UnansweredError, UnsupportedError
+from hvmodel.witness import CheckResult, Lacking, Tally, registry
 from hvmodel.witness.registry import check, registered, run
+from hvmodel.witness.ringbuffer import FormatError
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +81,76 @@ def test_run_is_ordered_by_model_and_witness_and_passes_cases() -> None:
     assert seen == [*fast, *thorough, ("first", 7), ("last", 7)]
 
 
-def test_a_check_that_fails_reports_what_is_lacking_and_keeps_what_it_counted() -> None:
+LACKS = [
+    Lacking("no such CPU"),
+    UnsupportedError(errno.ENOTTY, "KVM_GET_STATS_FD", "KVM_CAP_BINARY_STATS_FD"),
+    HostError(errno.EPERM, "fsopen", "fs", "tracefs", "root"),
+    HostError(errno.ENODEV, "fsopen", "fs", "tracefs"),
+    HostError(errno.EACCES, "open", "path", "/dev/kvm"),
+    HostError(errno.ENOENT, "open", "path", "/dev/kvm"),
+    HostError(errno.ENODEV, "open", "path", "/dev/kvm"),
+    HostError(errno.EACCES, "mkdir", "path", "instances/hvmodel-1-2-3"),
+    HostError(errno.EACCES, "open", "path", "events/header_page"),
+    HostError(errno.ENOTSUP, "set_event_pid", "pid namespace", "nested"),
+]
+BREAKS = [
+    HvError("of another kind"),
+    KvmError(errno.EINVAL, "KVM_SET_REGS", "rflags", 0),
+    KvmError(errno.EPERM, "KVM_SET_REGS"),  # opens nothing
+    HostError(errno.EPERM, "mprotect"),
+    HostError(errno.EMFILE, "open", "path", "/dev/kvm"),
+    HostError(errno.ENOENT, "open", "path", "events/kvm/no_such_event/format"),  # below a mount that is there
+    UnansweredError("run", "IoIn"),
+    FormatError("header_page", "no commit"),
+    OSError(errno.EBADF, "Bad file descriptor"),
+]
+
+
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}-{getattr(error, 'errno', None)}-{getattr(error, 'call', '')}"
+
+
+@pytest.mark.parametrize("error", LACKS, ids=_kind)
+def test_what_a_host_lacks_is_lacking_before_the_first_comparison_only(error: Exception) -> None:
+    @check("a", "w")
+    def check_first(tally: Tally, cases: int) -> None:
+        raise error
+
+    @check("b", "w")
+    def check_later(tally: Tally, cases: int) -> None:
+        tally.compare("one", 1, 1)
+        raise error
+
+    text = f"{type(error).__name__}: {error}"
+    assert run() == [
+        CheckResult("a", "w", 0, 0, (), (text,)),
+        CheckResult("b", "w", 1, 1, (f"broke off after 1 cases: {text}",), ()),
+    ]
+    assert [result.skipped for result in run()] == [True, False]
+    assert not any(result.ok for result in run())
+
+
+@pytest.mark.parametrize("error", BREAKS, ids=_kind)
+@pytest.mark.parametrize("compared", [0, 5])
+def test_any_other_error_is_a_mismatch(error: Exception, compared: int) -> None:
     @check("m", "w")
     def check_it(tally: Tally, cases: int) -> None:
-        tally.compare("one", 1, 1)
-        raise HostError(errno.EPERM, "fsopen", "fs", "tracefs", "root")
+        tally.count(compared)
+        raise error
 
     (result,) = run()
-    assert (result.compared, result.mismatches) == (1, 0)
-    assert "fsopen" in result.lacking[0]
-    assert "EPERM" in result.lacking[0]
+    assert (result.ok, result.skipped) == (False, False)
+    assert (result.compared, result.mismatches, result.lacking) == (compared, 1, ())
+    assert result.examples == (f"broke off after {compared} cases: {type(error).__name__}: {error}",)
+
+
+def test_why_it_broke_off_is_shown_after_many_mismatches_too() -> None:
+    tally = Tally("m", "w")
+    tally.count(50, [f"number {i}" for i in range(50)])
+    tally.break_off("no more")
+    result = tally.result()
+    assert (result.mismatches, len(result.examples)) == (51, 8)
+    assert result.examples[-1] == "broke off after 50 cases: no more"
 
 
 def test_a_bug_in_a_check_rises() -> None:
