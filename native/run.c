@@ -564,6 +564,9 @@ struct access {
 	bool is_write;
 };
 
+/* For an access that begins in a rule and reaches beyond it, so that Python can split it. */
+static struct hv_rule stop_rule = {.read = HV_STOP, .write = HV_STOP};
+
 static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t address,
 				 uint32_t size)
 {
@@ -578,7 +581,7 @@ static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t ad
 		else if (address >= rule->end)
 			low = middle + 1;
 		else
-			return size <= rule->end - address ? rule : NULL;
+			return size <= rule->end - address ? rule : &stop_rule;
 	}
 	return NULL;
 }

@@ -183,9 +183,10 @@ def _policy(call: str, field: str, value: object) -> tuple[int, int]:
 class ExitRecord(Value):
     """One recorded exit.
 
-    `time_ns`: CLOCK_MONOTONIC, or 0 without timestamps; `rip`: 0 where registers are not synced; `address`: port, gpa
-    or MSR; `data`: the first 8 bytes, little-endian (of an exit left to Python only what was written); `reason`:
-    KVM_EXIT_*; `count` elements of `size` bytes; `is_write`; `policy`: what was done ("stop": given to Python).
+    `time_ns`: CLOCK_MONOTONIC, or 0 without timestamps; `rip`: at or behind the instruction (docs/exits.md), 0 where
+    registers are not synced; `address`: port, gpa or MSR; `data`: the first 8 bytes, little-endian (of an exit left to
+    Python only what was written); `reason`: KVM_EXIT_*; `count` elements of `size` bytes; `is_write`; `policy`: what
+    was done ("stop": given to Python).
     """
 
     time_ns: int
@@ -209,6 +210,8 @@ def iter_records(records: bytes | bytearray | memoryview) -> Iterator[ExitRecord
         accepted = f"whole records of {_RECORD.size} bytes"
         raise ArgumentError("iter_records", "records", len(records), accepted) from None
     for time_ns, rip, address, data, reason, count, size, is_write, policy in rows:
+        if policy >= len(_POLICY_NAMES):
+            raise ArgumentError("iter_records", "records", policy, "records of a Batch", "no such policy")
         yield ExitRecord(time_ns, rip, address, data, reason, count, size, bool(is_write), _POLICY_NAMES[policy])
 
 
@@ -277,7 +280,7 @@ class Batch:
             raise
 
     def pio(self, port: int, size: int, *, read: Read = "stop", write: Write = "stop") -> None:
-        """Serve accesses that lie in ports [port, port + size).
+        """Serve accesses that lie in ports [port, port + size); what begins there and reaches beyond goes to Python.
 
         ArgumentError: the range is empty, beyond 0x10000, or overlaps another rule.
         """
@@ -317,7 +320,8 @@ class Batch:
 
     def remove(self, kind: Literal["pio", "mmio"], start: int) -> None:
         """Drop the rule whose range starts at `start`.  ArgumentError: there is none."""
-        rules = self._rules.get(kind)
+        given: object = kind
+        rules = self._rules.get(given) if isinstance(given, str) else None
         if rules is None:
             raise ArgumentError("Batch.remove", "kind", kind, '"pio" or "mmio"')
         old = [rule for rule in rules if rule[0] == start]

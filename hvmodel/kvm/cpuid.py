@@ -7,6 +7,7 @@ import errno
 from .._ffi import ffi
 from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
+from .handle import _rows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _unpack(table: Any) -> list[CpuidEntry]:
 
 def _pack(call: str, entries: Iterable[CpuidEntry]) -> Any:
     # A struct kvm_cpuid2 of the entries.
-    rows = list(entries)
+    rows = _rows(call, "entries", entries, "CpuidEntry values")
     if len(rows) > KVM_MAX_CPUID_ENTRIES:
         raise ArgumentError(call, "entries", len(rows), f"up to {KVM_MAX_CPUID_ENTRIES} entries", "too many")
     table = ffi.new("struct kvm_cpuid2 *", {"nent": len(rows), "entries": len(rows)})

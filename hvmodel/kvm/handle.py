@@ -25,7 +25,7 @@ from ..errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Any, Generic, Self, TypeVar, overload
 
@@ -52,6 +52,14 @@ def _uint(call: str, field: str, value: object, bits: int = 32) -> int:
     if not 0 <= value < 1 << bits:
         raise ArgumentError(call, field, value, f"0 to 2**{bits}-1")
     return value
+
+
+def _rows(call: str, field: str, values: Iterable[T], what: str) -> list[T]:
+    # A list of an iterable, or the error that says what it should hold.
+    try:
+        return list(values)
+    except TypeError:
+        raise ArgumentTypeError(call, field, values, f"an iterable of {what}") from None
 
 
 # Refusals that can mean "this kernel cannot do that" as well as "this argument is wrong".
@@ -149,6 +157,8 @@ class Handle:
         ...     kvm.ioctl("KVM_GET_API_VERSION")
         12
         """
+        if not isinstance(name, str):
+            raise ArgumentTypeError("ioctl", "name", name, "the name of an ioctl")
         row = _ffi.IOCTLS.get(name)  # read when first asked for
         if row is None:
             raise ArgumentError("ioctl", "name", name, "a name from hvmodel.kvm.IOCTLS, such as 'KVM_GET_API_VERSION'")

@@ -92,8 +92,12 @@ class Kvm(Handle):
             raise ArgumentTypeError("Kvm", "path", path, "a path") from None
         if not isinstance(name, str):
             raise ArgumentTypeError("Kvm", "path", path, "a path as str")
-        if "\0" in name:
-            raise ArgumentError("Kvm", "path", path, "a path without NUL")
+        try:
+            encoded = os.fsencode(name)
+        except UnicodeEncodeError:
+            encoded = b"\0"
+        if b"\0" in encoded:
+            raise ArgumentError("Kvm", "path", path, "a path without NUL, of characters that file names can have")
         try:
             fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

@@ -26,7 +26,7 @@ from ..errors import (
 from ..value import Value
 from . import cpuid, exits
 from .batch import Batch
-from .handle import Handle, StructItem, _abandon, _uint
+from .handle import Handle, StructItem, _abandon, _rows, _uint
 from .vm import _enable_cap
 
 TYPE_CHECKING = False
@@ -598,7 +598,7 @@ def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
     PartialError names the first index that KVM does not know or let read.
     """
     call = "KVM_GET_MSRS"
-    rows = list(indices)
+    rows = _rows(call, "indices", indices, "MSR indices")
     values: dict[int, int] = {}
     for first in range(0, len(rows), _MSR_CHUNK):
         chunk = rows[first : first + _MSR_CHUNK]

@@ -9,7 +9,7 @@ from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, HvError
 from ..value import Value
 from .device import Device
-from .handle import Handle, StructItem, _uint
+from .handle import Handle, StructItem, _rows, _uint
 from .memslots import MemSlot, _SlotMap, explain_region
 
 TYPE_CHECKING = False
@@ -168,7 +168,7 @@ class Vm(Handle):
 
     def memslot_at(self, gpa: int) -> MemSlot | None:
         """The slot (address space 0) that holds `gpa`, or None."""
-        return self._slots.at(gpa)
+        return self._slots.at(_uint("Vm.memslot_at", "gpa", gpa, 64))
 
     def set_user_memory_region(
         self, slot: int, gpa: int, memory: Mapping | int, *, offset: int = 0, size: int | None = None, flags: int = 0
@@ -393,7 +393,7 @@ class Vm(Handle):
     def set_gsi_routing(self, routes: Iterable[IrqRoute | MsiRoute]) -> None:
         """KVM_SET_GSI_ROUTING: replace the routing table.  KvmError EINVAL: an entry's gsi, chip or pin."""
         call = "KVM_SET_GSI_ROUTING"
-        rows = list(routes)
+        rows = _rows(call, "routes", routes, "IrqRoute and MsiRoute values")
         table = ffi.new("struct kvm_irq_routing *", {"nr": len(rows), "entries": len(rows)})
         for at, row in enumerate(rows):
             entry = table.entries[at]
@@ -502,7 +502,7 @@ class Vm(Handle):
         What a denied access does is set by enable_cap(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER).
         """
         call = "KVM_X86_SET_MSR_FILTER"
-        rows = list(ranges)
+        rows = _rows(call, "ranges", ranges, "MsrFilterRange values")
         arg = ffi.new("struct kvm_msr_filter *", {"flags": 0 if default_allow else lib.KVM_MSR_FILTER_DEFAULT_DENY})
         if len(rows) > len(arg.ranges):
             raise ArgumentError(call, "ranges", len(rows), f"up to {len(arg.ranges)} ranges")

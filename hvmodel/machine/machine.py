@@ -180,8 +180,8 @@ class Machine:
         try:
             self.vm.set_user_memory_region(slot, gpa, block.mapping, offset=offset, size=size, flags=flags)
             self._spaces.append((gpa, size, block, offset))
-            if self._batch is not None:
-                self._guard(self._batch, gpa, size, bool(flags & lib.KVM_MEM_READONLY))
+            if self._batch is not None and flags & lib.KVM_MEM_READONLY:
+                self._drop_writes(self._batch, gpa, size)
         except BaseException:
             del self._spaces[spaces:]
             try:
@@ -306,15 +306,17 @@ class Machine:
         if self._batch is None:
             batch = Batch()
             for slot in self.vm.memslots.values():
-                self._guard(batch, slot.gpa, slot.size, slot.readonly)
+                if slot.readonly:
+                    self._drop_writes(batch, slot.gpa, slot.size)
             self.vcpu.kvm.batch = batch
             self._batch = batch
         return self._batch
 
     @staticmethod
-    def _guard(batch: Batch, gpa: int, size: int, readonly: bool) -> None:
-        # An MMIO exit inside RAM is a fault of the host page, never open bus; a write to ROM is dropped as on a PC.
-        batch.mmio(gpa, size, read="stop", write="ignore" if readonly else "stop")
+    def _drop_writes(batch: Batch, gpa: int, size: int) -> None:
+        # A write to ROM does nothing, as on a PC.  Every other MMIO exit inside a memslot is a fault of the host page,
+        # which no rule serves.
+        batch.mmio(gpa, size, read="stop", write="ignore")
 
     @property
     def console(self) -> Console:

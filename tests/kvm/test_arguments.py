@@ -1,6 +1,6 @@
 """Arguments of any kind to every public function and method of hvmodel.kvm.
 
-Whatever they are given, they do their work or raise one of this package's errors, a TypeError or a ValueError; and they
+Whatever they are given, they do their work or raise one of this package's errors; and they
 leave nothing open.  The documented unsafe doors are given no addresses: `ioctl` is tested in test_handle.py.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -99,8 +100,12 @@ def attempt(call: Callable[..., Any], args: tuple[Any, ...], named: dict[str, An
         result = call(*args, **named)
         if inspect.isgenerator(result):
             list(result)
-    except (HvError, TypeError, ValueError):
+    except HvError:
         return
+    except TypeError as error:
+        if re.search("missing|takes|unexpected keyword", str(error)):
+            return  # Python's own, of a call that does not fit the signature
+        raise
     if isinstance(result, Handle):
         result.close()
     elif gives_a_fd:

@@ -755,8 +755,13 @@ def reference(
             and rule.start <= access.address
             and access.address + access.size <= rule.start + rule.size
         ]
+        begins = any(
+            rule.kind == access.kind and rule.start <= access.address < rule.start + rule.size for rule in rules
+        )
         policy: object
-        if not covering:
+        if begins and not covering:
+            policy = "stop"
+        elif not covering:
             policy = unclaimed[access.kind]
         else:
             policy = rules[covering[0]].read if access.value is None else rules[covering[0]].write
