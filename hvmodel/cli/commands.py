@@ -181,7 +181,7 @@ def boot(
         raise Refusal(BAD_INPUT, f"--at {at:#x} is outside the RAM, which ends at {ram:#x}")
     try:
         if file is None:
-            from .._ffi import guests
+            from ..machine import guests
 
             image = Image("hello", guests()["hello"])
         elif bios:

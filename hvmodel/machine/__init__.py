@@ -7,8 +7,9 @@ console   Console         serial and debug output
 
 from __future__ import annotations
 
+from .._ffi import guests
 from .console import Console
 from .cpu import Cpu, Location
 from .machine import Machine, Stop
 
-__all__ = ["Console", "Cpu", "Location", "Machine", "Stop"]
+__all__ = ["Console", "Cpu", "Location", "Machine", "Stop", "guests"]
