@@ -15,6 +15,7 @@
 #endif
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "kvm_uapi.h"
@@ -160,11 +161,28 @@ static PyObject *known_exit(PyObject *self, int64_t word)
 		return entry->exit;
 	}
 	exit = ask_python(self, word);
-	if (exit && !(word & HV_WORD_COMPLEX)) {
+	if (exit && (word < 0 || !(word & HV_WORD_COMPLEX))) {
 		entry->word = word;
 		replace(&entry->exit, exit);
 	}
 	return exit;
+}
+
+/* Words that always mean the same Interrupted. */
+static bool is_interruption(int64_t word)
+{
+	return word == HV_KICKED || word == HV_SIGNALED || word == HV_TIMEOUT || word == HV_LIMIT ||
+	       word == HV_RECORDS_FULL;
+}
+
+static PyObject *interrupted(PyObject *self, struct hv_vcpu *v, int64_t word)
+{
+	/* A kicker waits for this, which is stored with the GIL held. */
+	if (word == HV_KICKED)
+		__atomic_store_n(&v->acks, v->kicks, __ATOMIC_SEQ_CST);
+	if (word == HV_SIGNALED && PyErr_CheckSignals())
+		return NULL;
+	return known_exit(self, word);
 }
 
 /*
@@ -176,7 +194,7 @@ static PyObject *finish(PyObject *self, struct hv_vcpu *v, int64_t word)
 	PyObject *exit;
 
 	if (word < 0)
-		return ask_python(self, word);
+		return is_interruption(word) ? interrupted(self, v, word) : ask_python(self, word);
 	exit = (word & 0xff) == KVM_EXIT_MMIO ? mmio_exit(self, v, word) : known_exit(self, word);
 	if (exit && hv_signalled(v) && PyErr_CheckSignals()) {
 		Py_DecRef(exit);
