@@ -83,6 +83,18 @@ class hv_batch(Struct):
     nr_served: int
     counts: Array[int]
 
+class hv_brk_step(Struct):
+    before: int
+    asked: int
+    after: int
+    below: int
+    above: int
+
+class hv_fault(Struct):
+    address: int
+    flags: int
+    thread: int
+
 class hv_guest(Struct):
     name: Array[bytes]
     data: Array[int]
@@ -96,6 +108,35 @@ class hv_ioctl(Struct):
     returns: Array[bytes]
     capability: Array[bytes]
     section: Array[bytes]
+
+class hv_page_counts(Struct):
+    present: int
+    swapped: int
+    marked: int
+    file: int
+    exclusive: int
+    soft_dirty: int
+    uffd_wp: int
+    guard: int
+
+class hv_page_region(Struct):
+    start: int
+    end: int
+    categories: int
+
+class hv_pm_scan_arg(Struct):
+    size: int
+    flags: int
+    start: int
+    end: int
+    walk_end: int
+    vec: int
+    vec_len: int
+    max_pages: int
+    category_inverted: int
+    category_mask: int
+    category_anyof_mask: int
+    return_mask: int
 
 class hv_record(Struct):
     time_ns: int
@@ -137,6 +178,16 @@ class hv_slots(Struct):
     nr: int
     lock: int
     pad: Array[int]
+
+class hv_uffd(Struct):
+    pass
+
+class hv_uffd_counts(Struct):
+    missing: int
+    minor: int
+    wp: int
+    given_up: int
+    error: int
 
 class hv_vcpu(Struct):
     fd: int
@@ -1918,6 +1969,10 @@ class Lib:
     KVM_RUN_X86_GUEST_MODE: Final[int]
     HV_MFD_CLOEXEC: Final[int]
     HV_MFD_ALLOW_SEALING: Final[int]
+    HV_MFD_HUGETLB: Final[int]
+    HV_MFD_NOEXEC_SEAL: Final[int]
+    HV_MFD_EXEC: Final[int]
+    HV_MFD_HUGE_SHIFT: Final[int]
     HV_F_SEAL_SEAL: Final[int]
     HV_F_SEAL_SHRINK: Final[int]
     HV_F_SEAL_GROW: Final[int]
@@ -1930,7 +1985,31 @@ class Lib:
     HV_PROT_EXEC: Final[int]
     HV_MAP_SHARED: Final[int]
     HV_MAP_PRIVATE: Final[int]
+    HV_MAP_SHARED_VALIDATE: Final[int]
+    HV_MAP_FIXED: Final[int]
     HV_MAP_ANONYMOUS: Final[int]
+    HV_MAP_NORESERVE: Final[int]
+    HV_MAP_SYNC: Final[int]
+    HV_MADV_WILLNEED: Final[int]
+    HV_MADV_DONTNEED: Final[int]
+    HV_MADV_REMOVE: Final[int]
+    HV_MADV_DONTFORK: Final[int]
+    HV_MADV_DOFORK: Final[int]
+    HV_MADV_MERGEABLE: Final[int]
+    HV_MADV_UNMERGEABLE: Final[int]
+    HV_MADV_HUGEPAGE: Final[int]
+    HV_MADV_NOHUGEPAGE: Final[int]
+    HV_MADV_DONTDUMP: Final[int]
+    HV_MADV_DODUMP: Final[int]
+    HV_MADV_COLD: Final[int]
+    HV_MADV_PAGEOUT: Final[int]
+    HV_MADV_POPULATE_READ: Final[int]
+    HV_MADV_POPULATE_WRITE: Final[int]
+    HV_MADV_COLLAPSE: Final[int]
+    HV_MADV_GUARD_INSTALL: Final[int]
+    HV_MADV_GUARD_REMOVE: Final[int]
+    HV_FALLOC_FL_KEEP_SIZE: Final[int]
+    HV_FALLOC_FL_PUNCH_HOLE: Final[int]
     HV_WORD_WRITE_SHIFT: Final[int]
     HV_WORD_SIZE_SHIFT: Final[int]
     HV_WORD_COMPLEX: Final[int]
@@ -1956,6 +2035,92 @@ class Lib:
     HV_CAPTURE: Final[int]
     HV_FEED: Final[int]
     HV_NR_REASONS: Final[int]
+    HV_PM_PFRAME_BITS: Final[int]
+    HV_PM_SWAP_TYPE_BITS: Final[int]
+    HV_PM_SOFT_DIRTY: Final[int]
+    HV_PM_MMAP_EXCLUSIVE: Final[int]
+    HV_PM_UFFD_WP: Final[int]
+    HV_PM_GUARD_REGION: Final[int]
+    HV_PM_FILE: Final[int]
+    HV_PM_SWAP: Final[int]
+    HV_PM_PRESENT: Final[int]
+    HV_PM_SWAP_AREAS: Final[int]
+    HV_PAGE_IS_WPALLOWED: Final[int]
+    HV_PAGE_IS_WRITTEN: Final[int]
+    HV_PAGE_IS_FILE: Final[int]
+    HV_PAGE_IS_PRESENT: Final[int]
+    HV_PAGE_IS_SWAPPED: Final[int]
+    HV_PAGE_IS_PFNZERO: Final[int]
+    HV_PAGE_IS_HUGE: Final[int]
+    HV_PAGE_IS_SOFT_DIRTY: Final[int]
+    HV_PAGE_IS_GUARD: Final[int]
+    HV_PM_SCAN_WP_MATCHING: Final[int]
+    HV_PM_SCAN_CHECK_WPASYNC: Final[int]
+    HV_KPF_LOCKED: Final[int]
+    HV_KPF_ERROR: Final[int]
+    HV_KPF_REFERENCED: Final[int]
+    HV_KPF_UPTODATE: Final[int]
+    HV_KPF_DIRTY: Final[int]
+    HV_KPF_LRU: Final[int]
+    HV_KPF_ACTIVE: Final[int]
+    HV_KPF_SLAB: Final[int]
+    HV_KPF_WRITEBACK: Final[int]
+    HV_KPF_RECLAIM: Final[int]
+    HV_KPF_BUDDY: Final[int]
+    HV_KPF_MMAP: Final[int]
+    HV_KPF_ANON: Final[int]
+    HV_KPF_SWAPCACHE: Final[int]
+    HV_KPF_SWAPBACKED: Final[int]
+    HV_KPF_COMPOUND_HEAD: Final[int]
+    HV_KPF_COMPOUND_TAIL: Final[int]
+    HV_KPF_HUGE: Final[int]
+    HV_KPF_UNEVICTABLE: Final[int]
+    HV_KPF_HWPOISON: Final[int]
+    HV_KPF_NOPAGE: Final[int]
+    HV_KPF_KSM: Final[int]
+    HV_KPF_THP: Final[int]
+    HV_KPF_OFFLINE: Final[int]
+    HV_KPF_ZERO_PAGE: Final[int]
+    HV_KPF_IDLE: Final[int]
+    HV_KPF_PGTABLE: Final[int]
+    HV_MPOL_DEFAULT: Final[int]
+    HV_MPOL_PREFERRED: Final[int]
+    HV_MPOL_BIND: Final[int]
+    HV_MPOL_INTERLEAVE: Final[int]
+    HV_MPOL_LOCAL: Final[int]
+    HV_MPOL_PREFERRED_MANY: Final[int]
+    HV_MPOL_F_NODE: Final[int]
+    HV_MPOL_F_ADDR: Final[int]
+    HV_MPOL_F_MEMS: Final[int]
+    HV_MPOL_MF_STRICT: Final[int]
+    HV_MPOL_MF_MOVE: Final[int]
+    HV_UFFD_USER_MODE_ONLY: Final[int]
+    HV_UFFD_FEATURE_MISSING_HUGETLBFS: Final[int]
+    HV_UFFD_FEATURE_MISSING_SHMEM: Final[int]
+    HV_UFFD_FEATURE_SIGBUS: Final[int]
+    HV_UFFD_FEATURE_THREAD_ID: Final[int]
+    HV_UFFD_FEATURE_MINOR_HUGETLBFS: Final[int]
+    HV_UFFD_FEATURE_MINOR_SHMEM: Final[int]
+    HV_UFFD_FEATURE_EXACT_ADDRESS: Final[int]
+    HV_UFFD_FEATURE_WP_HUGETLBFS_SHMEM: Final[int]
+    HV_UFFD_FEATURE_WP_UNPOPULATED: Final[int]
+    HV_UFFD_FEATURE_POISON: Final[int]
+    HV_UFFD_FEATURE_WP_ASYNC: Final[int]
+    HV_UFFD_FEATURE_MOVE: Final[int]
+    HV_UFFD_MISSING: Final[int]
+    HV_UFFD_WP: Final[int]
+    HV_UFFD_MINOR: Final[int]
+    HV_UFFD_ASYNC: Final[int]
+    HV_UFFD_FAULT_WRITE: Final[int]
+    HV_UFFD_FAULT_WP: Final[int]
+    HV_UFFD_FAULT_MINOR: Final[int]
+    HV_UFFD_DONTWAKE: Final[int]
+    HV_UFFD_COPY_WP: Final[int]
+    HV_UFFD_PROTECT: Final[int]
+    HV_UFFD_HOLES: Final[int]
+    HV_UFFD_NOBODY: Final[int]
+    HV_UFFD_SERVED: Final[int]
+    HV_UFFD_NATIVE: Final[int]
     HV_SOURCE_HASH: Final[int]
     hv_ioctls: Final[Array[hv_ioctl]]
     hv_guests: Final[Array[hv_guest]]
@@ -1965,9 +2130,16 @@ class Lib:
     def hv_ftruncate(self, fd: int, size: int, /) -> int: ...
     def hv_add_seals(self, fd: int, seals: int, /) -> int: ...
     def hv_get_seals(self, fd: int, /) -> int: ...
+    def hv_fallocate(self, fd: int, mode: int, offset: int, length: int, /) -> int: ...
+    def hv_fd_page_size(self, fd: int, /) -> int: ...
     def hv_mmap(self, address: int, length: int, prot: int, flags: int, fd: int, offset: int, /) -> int: ...
     def hv_munmap(self, address: int, length: int, /) -> int: ...
     def hv_mprotect(self, address: int, length: int, prot: int, /) -> int: ...
+    def hv_madvise(self, address: int, length: int, advice: int, /) -> int: ...
+    def hv_msync(self, address: int, length: int, /) -> int: ...
+    def hv_ram_mmap(self, length: int, align: int, prot: int, flags: int, fd: int, offset: int, unsynced: Array[int], /) -> int: ...
+    def hv_mmap_stand_in(self, address: int, length: int, /) -> int: ...
+    def hv_nr_missing(self, address: int, length: int, copies: int, /) -> int: ...
     def hv_vm_read(self, address: int, data: CData | bytes, size: int, /) -> int: ...
     def hv_vm_write(self, address: int, data: CData | bytes, size: int, /) -> int: ...
     def hv_vcpu_open(self, fd: int, run_size: int, out: Array[hv_vcpu], /) -> int: ...
@@ -1996,6 +2168,41 @@ class Lib:
     def hv_slots_set(self, slots: hv_slots | Array[hv_slots], sorted: hv_slot | Array[hv_slot], nr: int, /) -> int: ...
     def hv_slots_drop(self, slots: hv_slots | Array[hv_slots], /) -> None: ...
     def hv_set_heartbeat(self, ns: int, /) -> None: ...
+    def hv_pagemap_read(self, fd: int, address: int, size: int, words: CData | bytes, /) -> int: ...
+    def hv_pagemap_count(self, fd: int, address: int, size: int, counts: hv_page_counts | Array[hv_page_counts], /) -> int: ...
+    def hv_pagemap_scan(self, fd: int, arg: hv_pm_scan_arg | Array[hv_pm_scan_arg], /) -> int: ...
+    def hv_pagemap_pss(self, fd: int, count_fd: int, address: int, size: int, /) -> int: ...
+    def hv_mincore(self, address: int, size: int, vec: CData | bytes, /) -> int: ...
+    def hv_mbind(self, address: int, size: int, mode: int, nodes: Array[int], maxnode: int, flags: int, /) -> int: ...
+    def hv_get_mempolicy(self, mode: Array[int], nodes: Array[int], maxnode: int, address: int, flags: int, /) -> int: ...
+    def hv_brk_current(self) -> int: ...
+    def hv_brk_child(self, increments: Array[int], nr: int, steps: hv_brk_step | Array[hv_brk_step], /) -> int: ...
+    def hv_userfaultfd(self, flags: int, /) -> int: ...
+    def hv_uffdio_api(self, fd: int, features: int, /) -> int: ...
+    def hv_uffd_new(self, fd: int, features: int, out: Array[hv_uffd], /) -> int: ...
+    def hv_uffd_close(self, u: hv_uffd | Array[hv_uffd], /) -> int: ...
+    def hv_uffd_free(self, u: hv_uffd | Array[hv_uffd], /) -> None: ...
+    def hv_uffd_fd(self, u: hv_uffd | Array[hv_uffd], /) -> int: ...
+    def hv_uffd_ready_fd(self, u: hv_uffd | Array[hv_uffd], /) -> int: ...
+    def hv_uffd_register(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, mode: int, page_size: int, origin: int, /) -> int: ...
+    def hv_uffd_unregister(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, /) -> int: ...
+    def hv_uffd_forget(self, u: hv_uffd | Array[hv_uffd], address: int, /) -> int: ...
+    def hv_uffd_copy(self, u: hv_uffd | Array[hv_uffd], address: int, source: CData | bytes, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_copy_from(self, u: hv_uffd | Array[hv_uffd], address: int, source: int, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_zeropage(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_continue(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_poison(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_move(self, u: hv_uffd | Array[hv_uffd], address: int, source: int, length: int, mode: int, done: Array[int], /) -> int: ...
+    def hv_uffd_writeprotect(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, mode: int, /) -> int: ...
+    def hv_uffd_wake(self, u: hv_uffd | Array[hv_uffd], address: int, length: int, /) -> int: ...
+    def hv_uffd_next(self, u: hv_uffd | Array[hv_uffd], timeout_ms: int, server: int, out: hv_fault | Array[hv_fault], /) -> int: ...
+    def hv_uffd_give_up(self, u: hv_uffd | Array[hv_uffd], fault: hv_fault | Array[hv_fault], /) -> int: ...
+    def hv_uffd_set_patience(self, u: hv_uffd | Array[hv_uffd], ns: int, /) -> None: ...
+    def hv_uffd_serve(self, u: hv_uffd | Array[hv_uffd], who: int, source: int, fd: int, offset: int, end: int, /) -> int: ...
+    def hv_uffd_stop(self, u: hv_uffd | Array[hv_uffd], /) -> int: ...
+    def hv_uffd_server(self, u: hv_uffd | Array[hv_uffd], /) -> int: ...
+    def hv_uffd_take(self, u: hv_uffd | Array[hv_uffd], address: int, which: int, bits: Array[int] | bytes, nr_bytes: int, /) -> int: ...
+    def hv_uffd_get_counts(self, u: hv_uffd | Array[hv_uffd], out: hv_uffd_counts | Array[hv_uffd_counts], /) -> int: ...
     def kvm_get_api_version(self, fd: int, /) -> int: ...
     def kvm_create_vm(self, fd: int, arg: int, /) -> int: ...
     def kvm_get_msr_index_list(self, fd: int, arg: kvm_msr_list | Array[kvm_msr_list], /) -> int: ...
@@ -2114,9 +2321,19 @@ class FFI:
     @overload
     def new(self, cdecl: Literal["struct hv_batch *"], init: Any = ...) -> hv_batch: ...
     @overload
+    def new(self, cdecl: Literal["struct hv_brk_step *"], init: Any = ...) -> hv_brk_step: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_fault *"], init: Any = ...) -> hv_fault: ...
+    @overload
     def new(self, cdecl: Literal["struct hv_guest *"], init: Any = ...) -> hv_guest: ...
     @overload
     def new(self, cdecl: Literal["struct hv_ioctl *"], init: Any = ...) -> hv_ioctl: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_page_counts *"], init: Any = ...) -> hv_page_counts: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_page_region *"], init: Any = ...) -> hv_page_region: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_pm_scan_arg *"], init: Any = ...) -> hv_pm_scan_arg: ...
     @overload
     def new(self, cdecl: Literal["struct hv_record *"], init: Any = ...) -> hv_record: ...
     @overload
@@ -2127,6 +2344,10 @@ class FFI:
     def new(self, cdecl: Literal["struct hv_slot *"], init: Any = ...) -> hv_slot: ...
     @overload
     def new(self, cdecl: Literal["struct hv_slots *"], init: Any = ...) -> hv_slots: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_uffd *"], init: Any = ...) -> hv_uffd: ...
+    @overload
+    def new(self, cdecl: Literal["struct hv_uffd_counts *"], init: Any = ...) -> hv_uffd_counts: ...
     @overload
     def new(self, cdecl: Literal["struct hv_vcpu *"], init: Any = ...) -> hv_vcpu: ...
     @overload
@@ -2462,9 +2683,19 @@ class FFI:
     @overload
     def cast(self, cdecl: Literal["struct hv_batch *"], value: Any) -> hv_batch: ...
     @overload
+    def cast(self, cdecl: Literal["struct hv_brk_step *"], value: Any) -> hv_brk_step: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_fault *"], value: Any) -> hv_fault: ...
+    @overload
     def cast(self, cdecl: Literal["struct hv_guest *"], value: Any) -> hv_guest: ...
     @overload
     def cast(self, cdecl: Literal["struct hv_ioctl *"], value: Any) -> hv_ioctl: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_page_counts *"], value: Any) -> hv_page_counts: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_page_region *"], value: Any) -> hv_page_region: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_pm_scan_arg *"], value: Any) -> hv_pm_scan_arg: ...
     @overload
     def cast(self, cdecl: Literal["struct hv_record *"], value: Any) -> hv_record: ...
     @overload
@@ -2475,6 +2706,10 @@ class FFI:
     def cast(self, cdecl: Literal["struct hv_slot *"], value: Any) -> hv_slot: ...
     @overload
     def cast(self, cdecl: Literal["struct hv_slots *"], value: Any) -> hv_slots: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_uffd *"], value: Any) -> hv_uffd: ...
+    @overload
+    def cast(self, cdecl: Literal["struct hv_uffd_counts *"], value: Any) -> hv_uffd_counts: ...
     @overload
     def cast(self, cdecl: Literal["struct hv_vcpu *"], value: Any) -> hv_vcpu: ...
     @overload

@@ -31,6 +31,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Not by a fixture: one of this directory's would not reach the doctests in hvmodel/.
+    uffd = None if "userfaultfd" in _required() else lacking("userfaultfd")
+    for item in items:
+        if uffd is not None and isinstance(item, pytest.DoctestItem) and "hvmodel.host.userfaultfd" in item.name:
+            item.add_marker(pytest.mark.skip(reason=f"needs userfaultfd: {uffd}"))
     why = lacking("kvm")
     if why is None or "kvm" in _required():
         return

@@ -54,6 +54,18 @@ def _command(*names: str) -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
+def _userfaultfd() -> str | None:
+    # Faults that the kernel makes for us too: without UFFD_USER_MODE_ONLY.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(323, os.O_CLOEXEC)
+    if fd < 0:
+        return f"userfaultfd(2): {os.strerror(ctypes.get_errno())}"
+    os.close(fd)
+    return None
+
+
 NEEDS = {
     "kvm": _kvm,
     "tracefs": _tracefs,
@@ -63,7 +75,9 @@ NEEDS = {
     "gcc": lambda: _command("gcc", "ld"),
     "qemu": lambda: _command("qemu-system-x86_64"),
     "strace": lambda: _command("strace"),
+    "pmap": lambda: _command("pmap"),
     "kvm-header": lambda: _file("/usr/include/linux/kvm.h", "Debian's package linux-libc-dev"),
+    "userfaultfd": _userfaultfd,
     "x86-64": lambda: None if platform.machine() == "x86_64" else "not an x86-64 machine",
 }
 

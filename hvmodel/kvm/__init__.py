@@ -24,7 +24,7 @@ from .device import Device
 from .exits import *  # noqa: F403  # its __all__ is the list
 from .exits import __all__ as _exits
 from .handle import Handle, StructItem, fields
-from .memslots import MemSlot
+from .memslots import MemSlot, SlotMemory
 from .system import KVM_API_VERSION, Kvm, vendor_module
 from .vcpu import Translation, Vcpu
 from .vm import IrqRoute, MsiRoute, MsrFilterRange, Vm
@@ -32,6 +32,7 @@ from .vm import IrqRoute, MsiRoute, MsrFilterRange, Vm
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .capabilities import Cap
+    from .guest_memfd import GuestMemFd
 
     IOCTLS: dict[str, Ioctl]
 
@@ -46,6 +47,7 @@ __all__ = [
     "Device",
     "ExitRecord",
     "Feed",
+    "GuestMemFd",
     "Handle",
     "Ioctl",
     "IrqRoute",
@@ -53,6 +55,7 @@ __all__ = [
     "MemSlot",
     "MsiRoute",
     "MsrFilterRange",
+    "SlotMemory",
     "StructItem",
     "Translation",
     "Vcpu",
@@ -71,6 +74,10 @@ def __getattr__(name: str) -> object:
         from .capabilities import Cap
 
         return Cap
+    if name == "GuestMemFd":
+        from .guest_memfd import GuestMemFd
+
+        return GuestMemFd
     if name == "IOCTLS":
         return _ffi.IOCTLS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,11 @@ import errno
 from _thread import allocate_lock
 
 from .._ffi import ffi, lib
-from ..errors import ArgumentError, ArgumentTypeError, HvError
+from ..errors import ArgumentError, ArgumentTypeError, BusyError, HvError
 from ..value import Value
 from .device import Device
 from .handle import Handle, StructItem, _rows, _uint
-from .memslots import MemSlot, _SlotMap, explain_region
+from .memslots import MemSlot, SlotMemory, _SlotMap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Vm(Handle):
         self._mmap_size = kvm.vcpu_mmap_size
         self._slot_lock = allocate_lock()  # a slot is changed and noted, or looked up and used, in one step
         self._slots = _SlotMap()
-        self._pinned: dict[int, tuple[Mapping, str]] = {}  # slot -> the memory it keeps, and the name of the pin
+        self._pinned: dict[int, tuple[list[Any], str]] = {}  # slot -> what it keeps, and the name of the pins
         self._vcpus: dict[int, Vcpu] = {}
 
     @property
@@ -95,7 +95,7 @@ class Vm(Handle):
             vcpu.close()
         super().close()
         for slot in list(self._pinned):
-            self._unpin(slot)
+            self._release(slot)
 
     def ioctl(self, name: str, arg: Any = None) -> int:
         """As Handle.ioctl.  A memslot that is set in this way is noted in `memslots`, and pins no memory."""
@@ -103,8 +103,12 @@ class Vm(Handle):
             return super().ioctl(name, arg)
         with self._slot_lock:
             rc = super().ioctl(name, arg)
-            region = ffi.cast("struct kvm_userspace_memory_region *", arg)  # which the second one begins with
-            self._note(region.slot, region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags)
+            region = ffi.cast("struct kvm_userspace_memory_region2 *", arg)  # which begins as the first one
+            guest: tuple[int | None, int] = None, 0
+            if region.flags & lib.KVM_MEM_GUEST_MEMFD and region.memory_size:
+                guest = region.guest_memfd, region.guest_memfd_offset
+            address, size = region.guest_phys_addr, region.memory_size
+            self._note(MemSlot(region.slot, address, size, region.userspace_addr, region.flags, *guest))
         return rc
 
     # ---- capabilities ----
@@ -166,6 +170,10 @@ class Vm(Handle):
         """The slots as they stand: id -> MemSlot."""
         return dict(self._slots.slots)
 
+    def memslot(self, slot: int) -> MemSlot | None:
+        """Slot number `slot`, or None where there is none."""
+        return self._slots.slots.get(_uint("Vm.memslot", "slot", slot))
+
     def memslot_at(self, gpa: int) -> MemSlot | None:
         """The slot (address space 0) that holds `gpa`, or None."""
         return self._slots.at(_uint("Vm.memslot_at", "gpa", gpa, 64))
@@ -182,63 +190,143 @@ class Vm(Handle):
 
         KvmError EINVAL, EEXIST (overlap): `field` says which argument, and why.
         """
+        call = "KVM_SET_USER_MEMORY_REGION"
         fd = self.fd
-        mapping: Mapping | None = None
-        if not isinstance(memory, int) and hasattr(memory, "pin") and hasattr(memory, "hva"):
-            mapping = memory
-            if size is None and type(offset) is int:
-                size = max(mapping.size - offset, 0)
-        hva, size = _region_range(slot, gpa, memory, mapping, offset, size, flags)
-        region = ffi.new(
-            "struct kvm_userspace_memory_region *",
-            {"slot": slot, "flags": flags, "guest_phys_addr": gpa, "memory_size": size, "userspace_addr": hva},
-        )
-        # Pinned before the kernel has it, so that there is no time in which the memory could go.
-        why = f"memslot {slot} of VM fd={self._fd}"
+        mapping, hva, size = _backing(call, slot, gpa, memory, offset, size, flags)
+        entry = MemSlot(slot, gpa, size, hva, flags)
         with self._slot_lock:
-            if mapping is not None:
-                mapping.pin(why)
-            rc = lib.kvm_set_user_memory_region(fd, region)
-            if rc < 0:
-                if mapping is not None:
-                    mapping.unpin(why)
-                raise self._region_refusal(-rc, slot, gpa, size, hva, flags)
-            if slot in self._pinned:
-                self._unpin(slot)
-            if mapping is not None:
-                self._pinned[slot] = mapping, why
-            entry = MemSlot(slot, gpa, size, hva, flags)
-            self._slots.put(entry)
+            self._take(fd, entry, [] if mapping is None else [mapping])
+        return entry
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        gpa: int,
+        memory: Mapping | int,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        flags: int = 0,
+        guest_memfd: object | None = None,
+        guest_memfd_offset: int = 0,
+    ) -> MemSlot:
+        """As set_user_memory_region, by KVM_SET_USER_MEMORY_REGION2 (KVM_CAP_USER_MEMORY2, since Linux 6.8).
+
+        `guest_memfd`: a guest_memfd of this VM, as a descriptor or an object that has one, which is then what backs the
+        slot's private pages (all of them, if it was made with GUEST_MEMFD_FLAG_MMAP), from `guest_memfd_offset` on.
+        KVM_MEM_GUEST_MEMFD = 4 is added to the flags.  An object is kept, and pinned where it has `pin`; of a mere
+        descriptor, closing it takes the memory from the guest.  Such a slot cannot be changed, only deleted.
+
+        KvmError EINVAL, EEXIST, EBADF (guest_memfd): `field` says which argument, and why.  UnsupportedError.
+        """
+        call = "KVM_SET_USER_MEMORY_REGION2"
+        fd = self.fd
+        _uint(call, "guest_memfd_offset", guest_memfd_offset, 64)
+        guest = None if guest_memfd is None else _fd_of(call, "guest_memfd", guest_memfd)
+        mapping, hva, size = _backing(call, slot, gpa, memory, offset, size, flags)
+        keep: list[Any] = [] if mapping is None else [mapping]
+        if guest is not None:
+            flags |= lib.KVM_MEM_GUEST_MEMFD
+            keep += [] if isinstance(guest_memfd, int) else [guest_memfd]
+        elif flags & lib.KVM_MEM_GUEST_MEMFD:
+            raise ArgumentError(call, "flags", flags, "KVM_MEM_GUEST_MEMFD with a guest_memfd only")
+        entry = MemSlot(slot, gpa, size, hva, flags, guest, guest_memfd_offset)
+        with self._slot_lock:
+            self._take(fd, entry, keep, second=True)
         return entry
 
     def delete_memory_region(self, slot: int) -> None:
         """Take slot `slot` away (memory_size 0).  KvmError EINVAL: there is no such slot."""
-        call = "KVM_SET_USER_MEMORY_REGION"
-        region = ffi.new("struct kvm_userspace_memory_region *", {"slot": _uint(call, "slot", slot)})
+        entry = MemSlot(_uint("KVM_SET_USER_MEMORY_REGION", "slot", slot), 0, 0, 0, 0)
         with self._slot_lock:
-            rc = lib.kvm_set_user_memory_region(self.fd, region)
-            if rc < 0:
-                raise self._region_refusal(-rc, slot, 0, 0, 0, 0)
-            self._note(slot, 0, 0, 0, 0)
+            self._set(self.fd, entry)
+            self._note(entry)
 
-    def _note(self, slot: int, gpa: int, size: int, hva: int, flags: int) -> None:
-        # What the kernel has taken.
-        if size:
-            self._slots.put(MemSlot(slot, gpa, size, hva, flags))
+    def change_memory_regions(
+        self,
+        *,
+        delete: Iterable[int] = (),
+        flags: dict[int, int] | None = None,
+        add: Iterable[SlotMemory] = (),
+        address_space: int = 0,
+    ) -> list[MemSlot]:
+        """Delete slots, give others new `flags` (id -> KVM_MEM_*), make new ones: all of that or, with an error, none.
+
+        One KVM_SET_USER_MEMORY_REGION each, in that order; other slots are not touched.  A new slot gets the first id
+        of `address_space` that is free then.  Returns the new slots in the order of `add`.
+
+        A vCPU that runs meanwhile may find nothing at the address of a slot that is deleted and made anew: it exits, as
+        for an address without memory, or its VM sees another slot change.  What KVM logged of a deleted slot is lost:
+        `get_dirty_log` first.
+
+        Before anything is changed: ArgumentError for ids that are not there, more slots than the kernel has, or more
+        pages than a slot can have.  KvmError with `field`, as of set_user_memory_region: what was done is undone by
+        then, with the old ids; notes of the exception tell what could not be.
+        """
+        from .slotchange import change
+
+        call = "KVM_SET_USER_MEMORY_REGION"
+        if flags is not None and not isinstance(flags, dict):
+            raise ArgumentTypeError(call, "flags", flags, "a dict of slot ids and flags")
+        slots, rows = _rows(call, "delete", delete, "slot ids"), _rows(call, "add", add, "SlotMemory values")
+        return change(self, slots, flags or {}, rows, address_space)
+
+    def _take(self, fd: int, entry: MemSlot, keep: list[Any], *, second: bool = False) -> None:
+        # Makes or changes a slot.  What backs it is pinned before the kernel has it, so that there is no time in which
+        # it could go.
+        why = f"memslot {entry.slot} of VM fd={self._fd}"
+        _pin(keep, why)
+        try:
+            self._set(fd, entry, second=second)
+        except BaseException:
+            _unpin(keep, why)
+            raise
+        self._release(entry.slot)
+        if keep:
+            self._pinned[entry.slot] = keep, why
+        self._slots.put(entry)
+
+    def _set(self, fd: int, entry: MemSlot, *, second: bool = False, slots: dict[int, MemSlot] | None = None) -> None:
+        # The ioctl, or its refusal explained by the slots of that moment.
+        if second:
+            arg2 = ffi.new(
+                "struct kvm_userspace_memory_region2 *",
+                [entry.slot, entry.flags, entry.gpa, entry.size, entry.hva, entry.guest_memfd_offset],
+            )
+            arg2.guest_memfd = entry.guest_memfd or 0
+            rc = lib.kvm_set_user_memory_region2(fd, arg2)
         else:
-            self._slots.drop(slot)
-            self._unpin(slot)
+            arg = ffi.new(
+                "struct kvm_userspace_memory_region *", [entry.slot, entry.flags, entry.gpa, entry.size, entry.hva]
+            )
+            rc = lib.kvm_set_user_memory_region(fd, arg)
+        if rc < 0:
+            raise self._region_refusal(-rc, entry, second, self._slots.slots if slots is None else slots)
 
-    def _region_refusal(self, err: int, slot: int, gpa: int, size: int, hva: int, flags: int) -> HvError:
+    def _note(self, entry: MemSlot) -> None:
+        # What the kernel has taken.
+        if entry.size:
+            self._slots.put(entry)
+        else:
+            self._slots.drop(entry.slot)
+            self._release(entry.slot)
+
+    def _region_refusal(self, err: int, entry: MemSlot, second: bool, slots: dict[int, MemSlot]) -> HvError:
+        from .slotrules import explain_region
+
         fault = None
-        if err in (errno.EINVAL, errno.EEXIST):
-            fault = explain_region(self.fd, self._slots.slots, slot, gpa, size, hva, flags, err)
-        return self._refusal("KVM_SET_USER_MEMORY_REGION", err, *(fault or (None, None, None, None)))
+        if err in (errno.EINVAL, errno.EEXIST, errno.EBADF):
+            fault = explain_region(self.fd, slots, entry, err, second=second)
+        name = "KVM_SET_USER_MEMORY_REGION2" if second else "KVM_SET_USER_MEMORY_REGION"
+        if fault is not None:
+            return self._refusal(name, err, fault.field, fault.value, fault.accepted, fault.detail)
+        if err == errno.EINVAL and entry.guest_memfd is not None:
+            accepted = "a guest_memfd that this VM made, whose range no other slot has"
+            return self._refusal(name, err, "guest_memfd", entry.guest_memfd, accepted)
+        return self._refusal(name, err)
 
-    def _unpin(self, slot: int) -> None:
-        mapping, why = self._pinned.pop(slot, (None, ""))
-        if mapping is not None:
-            mapping.unpin(why)
+    def _release(self, slot: int) -> None:
+        _unpin(*self._pinned.pop(slot, ((), "")))
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> int:
         """KVM_CREATE_GUEST_MEMFD: a new guest_memfd of `size` bytes; its fd is the caller's to close.
@@ -532,31 +620,54 @@ class Vm(Handle):
     )
 
 
-def _region_range(
-    slot: int, gpa: int, memory: object, mapping: Mapping | None, offset: int, size: int | None, flags: int
-) -> tuple[int, int]:
-    # Address and size of a region whose arguments can be right, or the error that says which cannot.
-    call = "KVM_SET_USER_MEMORY_REGION"
+def _backing(
+    call: str, slot: int, gpa: int, memory: Mapping | int, offset: int, size: int | None, flags: int
+) -> tuple[Mapping | None, int, int]:
+    # The mapping, address and size of a region whose arguments can be right, or the error that says which cannot.
     _uint(call, "slot", slot)
     _uint(call, "gpa", gpa, 64)
     _uint(call, "offset", offset, 64)
     _uint(call, "flags", flags)
-    if mapping is not None:
-        if offset + _uint(call, "size", size, 64) > mapping.size:
-            raise ArgumentError(call, "offset", offset, f"offset + size up to {mapping.size:#x}", f"size={size:#x}")
-        hva = mapping.hva + offset
-    elif isinstance(memory, int):
+    mapping: Mapping | None = None
+    if isinstance(memory, int):
         hva = _uint(call, "memory", memory, 64) + offset
         if size is None:
             raise ArgumentError(call, "size", None, "a size in bytes, where the memory is an address")
+    elif hasattr(memory, "pin") and hasattr(memory, "hva"):
+        mapping = memory
+        if size is None:
+            size = max(mapping.size - offset, 0)
+        if offset + _uint(call, "size", size, 64) > mapping.size:
+            raise ArgumentError(call, "offset", offset, f"offset + size up to {mapping.size:#x}", f"size={size:#x}")
+        hva = mapping.hva + offset
     else:
         raise ArgumentTypeError(call, "memory", memory, "a Mapping or a host virtual address")
     if _uint(call, "size", size, 64) == 0:
         raise ArgumentError(call, "size", size, "at least a page; delete_memory_region() deletes a slot")
-    assert size is not None
     if hva + size > 1 << 64:
         raise ArgumentError(call, "memory", hva, "hva + size up to 2**64")
-    return hva, size
+    return mapping, hva, size
+
+
+def _pin(keep: Iterable[Any], why: str) -> None:
+    done: list[Any] = []
+    for owner in keep:
+        try:
+            if hasattr(owner, "pin"):
+                owner.pin(why)
+            if any(bar.signals for bar in getattr(owner, "_bars", ())):
+                owner.unpin(why)
+                raise BusyError(why, repr(owner), "it has poisoned pages, and to touch one is SIGBUS for a vCPU")
+        except BaseException:
+            _unpin(done, why)
+            raise
+        done.append(owner)
+
+
+def _unpin(keep: Iterable[Any], why: str) -> None:
+    for owner in keep:
+        if hasattr(owner, "unpin"):
+            owner.unpin(why)
 
 
 def _zone(call: str, address: int, size: int, pio: bool) -> kvm_coalesced_mmio_zone:
