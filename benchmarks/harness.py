@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,8 @@ __all__ = [
     "FLOOR_MACHINE",
     "RAM_SIZE",
     "BenchmarkError",
+    "Curve",
+    "Findings",
     "FloorVm",
     "Pace",
     "Result",
@@ -35,6 +37,7 @@ __all__ = [
     "load_floor",
     "median_us",
     "per_item_us",
+    "rate_against_floor",
     "report",
 ]
 
@@ -63,7 +66,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`value` and `floor` in `unit`, `ratio` = value / floor; `bar` limits the ratio, or without a floor the value."""
+    """`value` and `floor` in `unit`, `ratio` = value / floor; `bar` limits the ratio, or without a floor the value.
+
+    The bar is the most that holds; of a rate (a `unit` that ends in "/s") it is the least.
+    """
 
     name: str
     value: float
@@ -74,10 +80,36 @@ class Result:
     holds: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a plot's panel: what `way` reached by size, and C; (bytes, value) each.  `panel` has the unit."""
+
+    panel: str
+    way: str
+    points: list[tuple[int, float]]
+    floor: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All that a benchmark found.  `lacks`: what could not be measured, and what the host lacks for it."""
+
+    results: list[Result]
+    lacks: dict[str, str] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+
+
 def against_floor(name: str, value: float, unit: str, floor: float, bar: float | None) -> Result:
     """A result judged by its ratio to C."""
     ratio = value / floor
     return Result(name, value, unit, floor, ratio, bar, None if bar is None else ratio <= bar)
+
+
+def rate_against_floor(name: str, value: float, unit: str, floor: float, bar: float | None) -> Result:
+    """A rate (a `unit` that ends in "/s"), judged by how much of C's it reaches."""
+    assert unit.endswith("/s"), unit
+    ratio = value / floor
+    return Result(name, value, unit, floor, ratio, bar, None if bar is None else ratio >= bar)
 
 
 def ceiling(name: str, value: float, unit: str, bar: float | None) -> Result:
@@ -170,19 +202,22 @@ def host() -> dict[str, object]:
     }
 
 
-def document(name: str, results: list[Result]) -> dict[str, object]:
-    """The JSON object of a benchmark."""
-    return {"benchmark": name, "host": host(), "results": [asdict(result) for result in results]}
+def document(name: str, found: Findings) -> dict[str, object]:
+    """The JSON object of a benchmark; `host` has a key "lacks" where there was something to leave out."""
+    machine = {**host(), "lacks": found.lacks} if found.lacks else host()
+    return {"benchmark": name, "host": machine, "results": [asdict(result) for result in found.results]}
 
 
-def report(name: str, results: list[Result]) -> None:
+def report(name: str, found: Findings) -> None:
     """Print a table for people."""
     machine = host()
     print(f"{name}: Linux {machine['kernel']}, {machine['vendor_module']}, Python {machine['python']}")
     print(f"  on {machine['cpu']} x {machine['cpus']}; C: the floor; x: ratio to it")
-    width = max(len(result.name) for result in results)
-    for result in results:
+    width = max((len(result.name) for result in found.results), default=0)
+    for result in found.results:
         print(f"  {result.name:<{width}}  {_line(result)}")
+    for what, why in found.lacks.items():
+        print(f"  not measured: {what}: {why}")
 
 
 def _line(result: Result) -> str:
@@ -190,5 +225,6 @@ def _line(result: Result) -> str:
     if result.floor is not None:
         text += f"   C {result.floor:9.2f}   x {result.ratio:.3f}"
     if result.bar is not None:
-        text += f"   bar {result.bar:g}   {'holds' if result.holds else 'MISSED'}"
+        least = "at least " if result.unit.endswith("/s") else ""
+        text += f"   bar {least}{result.bar:g}   {'holds' if result.holds else 'MISSED'}"
     return text

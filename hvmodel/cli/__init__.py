@@ -3,6 +3,8 @@
 commands   the command line: options, help, errors as one sentence and a status
 boot       a guest's run: its output, its exits, how it ended
 info       what this host's KVM is and can do
+mtree      the memory of a board, as QEMU prints it
+ram        what guest RAM costs the host
 terminal   tables, and writing to descriptors
 """
 

@@ -11,6 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import ArgumentError, BuildError, HostError, HvError, KvmError
+from ..units import MiB
 from .status import BAD_INPUT, BOOT, FAULT, INTERRUPTED, MISMATCH, NO_KVM, OK
 from .terminal import OutputError, ReaderGoneError, line, say, table
 
@@ -89,6 +90,20 @@ class _Size(click.ParamType[int]):
 
         try:
             return ram_size(str(value), "boot", "--ram")
+        except ArgumentError as error:
+            accepted = f"; accepted: {error.accepted}" if error.accepted else ""
+            self.fail(f"{error.value!r}{accepted}", param, ctx)
+
+
+class _BoardSize(click.ParamType[int]):
+    # RAM of a board that is not made: whole pages, as much as x86 can address.
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from ..host.memfd import page_multiple
+
+        try:
+            return page_multiple(str(value), "mtree", "--ram", 1 << 52)
         except ArgumentError as error:
             accepted = f"; accepted: {error.accepted}" if error.accepted else ""
             self.fail(f"{error.value!r}{accepted}", param, ctx)
@@ -277,6 +292,68 @@ def ioctls(as_json: bool) -> int:
         ),
     )
     return OK
+
+
+# ---- mtree ----
+
+
+@hvmodel.command()
+@click.option("--pc", "board", flag_value="pc", default=True, help="QEMU's pc: i440FX.  [default]")
+@click.option("--q35", "board", flag_value="q35", help="QEMU's q35.")
+@click.option("--ram", type=_BoardSize(), default="128M", show_default=True, help="Guest RAM; none is allocated.")
+@click.option("-f", "flatview", is_flag=True, help="The flat views: what is at which address.")
+@click.option("-D", "disabled", is_flag=True, help="Regions that are disabled, too.")
+@_json
+def mtree(board: str, ram: int, flatview: bool, disabled: bool, as_json: bool) -> int:
+    """The memory of a board before its first instruction, as QEMU's `info mtree` prints it.
+
+    Of devices the IOAPIC, the HPET and the window for MSIs are there, and no I/O ports.
+    """
+    from .mtree import show
+
+    try:
+        return show(board, ram, flatview=flatview, disabled=disabled, as_json=as_json)
+    except ArgumentError as error:
+        raise Refusal(BAD_INPUT, str(error)) from None
+
+
+# ---- ram ----
+
+
+@hvmodel.command()
+@click.argument("pid", required=False, type=click.IntRange(1, (1 << 31) - 1))
+@click.option("--ram", type=_Size(), help="Without PID: RAM of the machine that is made.  [default: 16M]")
+@click.option("--populate", is_flag=True, help="Without PID: with all of its pages there.")
+@_json
+def ram(pid: int | None, ram: int | None, populate: bool, as_json: bool) -> int:
+    """What guest RAM costs the host, block by block: of process PID (hvmodel, QEMU or another), or of a new machine.
+
+    \b
+    The table is in KiB, --json in bytes:
+      RSS      in memory and mapped by the process
+      PSS      each page divided by how often it is mapped
+      PRIVATE  of RSS: mapped by this process alone      SHARED  by others too
+      DIRTY    of RSS: written     ANON  anonymous       HUGE    by huge page-table entries
+      HUGETLB  pages of hugetlbfs, which RSS leaves out  SWAPPED out
+      FILE     what its memory file has, mapped or not ("-": no file, or not to be asked)
+
+    \b
+    A mapping is taken for guest RAM if it is of a memory file (memfd), of a file in /dev/shm (shm) or of hugetlbfs
+    (hugetlb), or marked MADV_DONTFORK as QEMU marks its RAM blocks (dontfork); but not if it is executable.
+    """
+    from .ram import gather, show
+
+    if pid is not None and (ram is not None or populate):
+        raise click.UsageError("--ram and --populate are for a new machine, which needs no PID")
+    try:
+        if pid is not None:
+            return show(gather(pid), as_json=as_json)
+        with _machine(16 * MiB if ram is None else ram, "open_bus") as machine:
+            if populate:
+                machine.ram.mapping.populate()
+            return show(gather(os.getpid()), as_json=as_json)
+    except HvError as error:
+        raise Refusal(BAD_INPUT, str(error)) from None
 
 
 # ---- verify ----

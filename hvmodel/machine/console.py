@@ -4,7 +4,8 @@
     0x402        QEMU's isa-debugcon for SeaBIOS; reads give 0xE9, or SeaBIOS stays silent
     0xE9         the Bochs debug port; reads give 0xE9
 
-Bytes are captured in C (hvmodel.kvm.batch).  Accesses of 2 and 4 bytes are split into bytes at consecutive ports.
+The ports are io regions, "serial" and "debugcon"; rules serve single bytes in C (hvmodel.kvm.batch), so that the
+regions' callbacks see the rest: writes of the line control, and accesses of 2 and 4 bytes, split into bytes.
 Sources: National Semiconductor PC16550D data sheet, table "Summary of registers"; qemu:hw/char/debugcon.c@v10.1.
 """
 
@@ -12,17 +13,12 @@ from __future__ import annotations
 
 from .._ffi import lib
 from ..kvm.batch import Batch, Capture
-from ..kvm.exits import IoIn, IoOut
+from ..ram.region import MemoryRegion, MemoryRegionOps
+from ..ram.topology import transaction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeAlias
-
     from ..kvm.batch import Write
-
-    # What is done with a port access that Python gets (on an open bus?): the answer, or None where it is not claimed.
-    Claim: TypeAlias = Callable[[IoIn | IoOut, bool], bytes | None]
 
 __all__ = ["DEBUG_PORTS", "SERIAL_PORT", "Console"]
 
@@ -43,7 +39,7 @@ class Console:
     Thread safety: `serial.read()` and `debug.read()` from any thread.
     """
 
-    def __init__(self, batch: Batch, claim: Callable[[int, Claim], None]) -> None:
+    def __init__(self, batch: Batch, ports: MemoryRegion) -> None:
         self.serial = Capture()
         self.debug = Capture()
         self._batch = batch
@@ -65,23 +61,23 @@ class Console:
             for port, read, write in rules:
                 batch.pio(port, 1, read=read, write=write)
                 claimed.append(port)
+            with transaction():
+                ports.add_subregion(SERIAL_PORT, self._region("serial", SERIAL_PORT, 8))
+                for port in DEBUG_PORTS:
+                    ports.add_subregion(port, self._region("debugcon", port, 1))
         except BaseException:  # somebody else has one of the ports
             for port in claimed:
                 batch.remove("pio", port)
             raise
-        for port in self._reads:
-            claim(port, self._access)
 
-    def _access(self, exit: IoIn | IoOut, open_bus: bool) -> bytes | None:
-        # What C leaves: writes of the line control, and accesses of 2 and 4 bytes, which a PC splits into bytes at
-        # consecutive ports.  The answer to a read (b"" to a write); None where a port of them is nobody's.
-        if not open_bus and any(exit.port + at not in self._reads for at in range(exit.size)):
-            return None
-        if isinstance(exit, IoIn):
-            return bytes(self._reads.get(exit.port + at, 0xFF) for at in range(exit.size)) * exit.count
-        for at, value in enumerate(exit.data):
-            self._write(exit.port + at % exit.size, value)
-        return b""
+    def _region(self, name: str, port: int, size: int) -> MemoryRegion:
+        # What C leaves of the accesses to these ports.
+        ops = MemoryRegionOps(
+            read=lambda addr, _: self._reads[port + addr],
+            write=lambda addr, value, _: self._write(port + addr, value),
+            impl_max=1,
+        )
+        return MemoryRegion.io(name, size, ops)
 
     def _write(self, port: int, value: int) -> None:
         if port == _LINE_CONTROL:

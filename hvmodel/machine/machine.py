@@ -1,10 +1,13 @@
 """The front door: `Machine`, guest RAM and a vCPU on /dev/kvm, ready to run.
 
-Owns the guest physical address space of a bare machine and the loop around KVM_RUN.
+Owns the two address spaces of a bare machine, and the loop around KVM_RUN that serves its exits from them.
 
-    gpa 0            RAM, up to 3 GiB of it
-    0xfeffc000       identity map page and TSS of KVM's real-mode emulation on Intel (four pages)
-    0x100000000      the rest of the RAM
+    memory   0             ram-below-4g: RAM, up to 3 GiB of it
+             0xfeffc000    identity map page and TSS of KVM's real-mode emulation on Intel (four pages)
+             0x100000000   ram-above-4g: the rest of the RAM
+    I/O      0 - 0xffff    empty, but for the ports of `console`
+
+RAM becomes memslots; an exit is an access to what a space shows at its address, see `_dispatch`.
 
 Sources: qemu:target/i386/kvm/kvm.c kvm_arch_init@v10.1 (identity map and TSS addresses).
 """
@@ -32,9 +35,13 @@ from ..kvm.exits import (
 )
 from ..kvm.system import Kvm
 from ..kvm.vcpu import _timeout_ns
-from ..ram import RamBlock
-from ..ram.block import ram_size
-from ..units import GiB
+from ..ram.address_space import AddressSpace
+from ..ram.block import RamBlock, ram_size
+from ..ram.dispatch import MEMTX_DECODE_ERROR
+from ..ram.kvm_listener import KvmMemoryListener
+from ..ram.region import ADDRESS_END, MemoryRegion
+from ..ram.topology import transaction
+from ..units import PAGE_SIZE, GiB
 from ..value import Value
 from .console import Console
 from .cpu import MAX_INSN, Cpu, is_64_bit_code
@@ -50,7 +57,7 @@ if TYPE_CHECKING:
     from .._native import kvm_cpuid2
     from ..host.mapping import Writable
     from ..kvm.exits import Exit
-    from .console import Claim
+    from ..ram.flatview import FlatView, Row
     from .cpu import Location
 
 __all__ = ["Machine", "Stop"]
@@ -59,10 +66,12 @@ _LOW_RAM = 3 * GiB  # as QEMU's pc: the rest of the first 4 GiB is the PCI hole'
 _HIGH_RAM = 4 * GiB
 _IDENTITY_MAP = 0xFEFFC000
 _TSS = 0xFEFFD000
+_PORTS = 0x10000
 
 _POLICIES = ("strict", "open_bus")
 _TERMINAL = (Shutdown, FailEntry, InternalError)
 _PORT_EXITS = (IoIn, IoOut)
+_BUS_EXITS = (IoIn, IoOut, MmioRead, MmioWrite)
 _DF = 0x400  # RFLAGS: string instructions go downwards
 _REASONS: dict[type, str] = {
     Hlt: "halted",
@@ -106,6 +115,10 @@ class Machine:
 
     `ram`: size in bytes, or text such as "16M"; whole pages; one RamBlock "pc.ram" (a memfd sealed against GROW and
     SHRINK) at gpa 0, what exceeds 3 GiB from 4 GiB on.
+
+    `memory` and `io` are its address spaces (hvmodel.ram.AddressSpace).  A region that is put into
+    `memory.root` or `io.root` is there for the guest at once: ram and rom as memslots, io by its callbacks, which are
+    called in the thread that runs the machine.
     `unclaimed`: what becomes of an access to a port or address that nobody claims.  "strict": `run()` raises
     GuestAccessError, and in `exits()` a read must be answered.  "open_bus": reads give all ones, writes are dropped.
     `debug_exit`: a port whose writes end `run()` with Stop("debug-exit"), as QEMU's isa-debug-exit.
@@ -147,21 +160,23 @@ class Machine:
         self._batch: Batch | None = None
         self._console: Console | None = None
         self._debug_rule: int | None = None  # the port of the rule for debug_exit
-        self._claims: dict[int, Claim] = {}  # by the port where an access begins
         self._roms: list[RamBlock] = []
         self._owned: list[Any] = []  # closed in reverse
-        self._spaces: list[tuple[int, int, RamBlock, int]] = []  # gpa, size, block, offset
+        self._views: tuple[FlatView | None, FlatView | None] = (None, None)  # of which `_devices` is the answer
+        self._devices = False  # whether there is anything but RAM and ROM in them
         try:
             self.kvm = kvm if kvm is not None else self._own(Kvm())
             self.vm = self.kvm.create_vm()
             # The VM is closed before the memory in its slots is unmapped.
             self.ram: RamBlock = self._own(RamBlock("pc.ram", size))
+            self.memory: AddressSpace = self._own(AddressSpace(_ram_layout(self.ram), "memory"))
+            # By the last `_find`: the view, start and end of a range, its block, what its offset is more than the gpa.
+            self._found: tuple[FlatView | None, int, int, RamBlock, int] = (None, 0, 0, self.ram, 0)
+            self.io: AddressSpace = self._own(AddressSpace(MemoryRegion.container("io", _PORTS), "I/O"))
             self._own(self.vm)
             self.vm.set_identity_map_addr(_IDENTITY_MAP)
             self.vm.set_tss_addr(_TSS)
-            self._add(0, self.ram, 0, min(size, _LOW_RAM))
-            if size > _LOW_RAM:
-                self._add(_HIGH_RAM, self.ram, _LOW_RAM, size - _LOW_RAM)
+            self.memory.add_listener(KvmMemoryListener(self.vm))
             self.vcpu = Cpu(self.vm.create_vcpu(0), self.read)
             self.vcpu.kvm.set_cpuid2(_guest_cpuid(self.kvm, 0))
         except BaseException:
@@ -173,23 +188,6 @@ class Machine:
     def _own(self, thing: Any) -> Any:
         self._owned.append(thing)
         return thing
-
-    def _add(self, gpa: int, block: RamBlock, offset: int, size: int, flags: int = 0) -> None:
-        spaces, slots = len(self._spaces), self.vm.memslots
-        slot = next(n for n in range(len(slots) + 1) if n not in slots)  # there may be some of the caller's
-        try:
-            self.vm.set_user_memory_region(slot, gpa, block.mapping, offset=offset, size=size, flags=flags)
-            self._spaces.append((gpa, size, block, offset))
-            if self._batch is not None and flags & lib.KVM_MEM_READONLY:
-                self._drop_writes(self._batch, gpa, size)
-        except BaseException:
-            del self._spaces[spaces:]
-            try:
-                if slot in self.vm.memslots:
-                    self.vm.delete_memory_region(slot)
-            except HvError:
-                pass  # the first error says more; close() lets go of the memory
-            raise
 
     # ---- life ----
 
@@ -224,24 +222,34 @@ class Machine:
     # ---- memory ----
 
     def _find(self, call: str, gpa: object, size: object) -> tuple[RamBlock, int]:
-        # The block and the offset in it of the RAM [gpa, gpa + size).
+        # The block and the offset in it of the memory [gpa, gpa + size).  Most calls are to the range of the last one.
+        view = self.memory._view
+        last, start, end, block, offset = self._found
+        if last is view and type(gpa) is int and type(size) is int and start <= gpa and 0 <= size <= end - gpa:
+            return block, gpa + offset
         for field, value in (("gpa", gpa), ("size", size)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ArgumentTypeError(call, field, value, "an int")
         assert isinstance(gpa, int) and isinstance(size, int)
-        for start, length, block, offset in self._spaces:
-            if start <= gpa < start + length and 0 <= size <= start + length - gpa:
-                return block, gpa - start + offset
-        ranges = ", ".join(f"[{start:#x}, {start + length:#x})" for start, length, _, _ in self._spaces)
+        self._check_open(call)
+        row = view._row(gpa)
+        if row is not None and 0 <= size <= row[0] + row[1] - gpa and row[2].block is not None:
+            block, offset = row[2].block, row[3] - row[0]
+            self._found = view, row[0], row[0] + row[1], block, offset
+            return block, gpa + offset
+        ranges = ", ".join(f"[{r.start:#x}, {r.end:#x})" for r in view if r.region.block is not None)
         raise ArgumentError(call, "gpa", gpa, f"a range within one of {ranges}", f"size={size:#x}: not in RAM")
 
     def read(self, gpa: int, size: int) -> bytes:
-        """A copy of `size` bytes of RAM at `gpa`.  ArgumentError: not all of it is RAM."""
+        """A copy of `size` bytes of RAM at `gpa`.  ArgumentError: not all of it is in one range of RAM or ROM."""
         block, offset = self._find("Machine.read", gpa, size)
         return block.read(offset, size)
 
     def write(self, gpa: int, data: Buffer) -> None:
-        """Write `data` to RAM at `gpa`, and mark its pages as written by the host.  ArgumentError: not all RAM."""
+        """Write `data` to RAM at `gpa`, and mark its pages as written by the host.
+
+        ROM is written too.  ArgumentError: not all of it is in one range of RAM or ROM.
+        """
         view = _bytes("Machine.write", "data", data)
         block, offset = self._find("Machine.write", gpa, view.nbytes)
         block.write(offset, view)
@@ -288,7 +296,13 @@ class Machine:
         self._owned.insert(self._owned.index(self.vm), rom)
         try:
             rom.write(0, view)
-            self._add(_HIGH_RAM - size, rom, 0, size, lib.KVM_MEM_READONLY)
+            region = MemoryRegion.rom("pc.bios", rom)
+            try:
+                self.memory.root.add_subregion(_HIGH_RAM - size, region)
+            except BaseException:
+                if region.parent is not None:
+                    self.memory.root.del_subregion(region)
+                raise
         except BaseException:
             try:
                 rom.close()
@@ -302,21 +316,12 @@ class Machine:
 
     @property
     def batch(self) -> Batch:
-        """The rules by which C serves exits; made and attached at the first use, with a rule for each range of RAM."""
+        """The rules by which C serves exits, before any region does; made and attached at the first use."""
         if self._batch is None:
             batch = Batch()
-            for slot in self.vm.memslots.values():
-                if slot.readonly:
-                    self._drop_writes(batch, slot.gpa, slot.size)
             self.vcpu.kvm.batch = batch
             self._batch = batch
         return self._batch
-
-    @staticmethod
-    def _drop_writes(batch: Batch, gpa: int, size: int) -> None:
-        # A write to ROM does nothing, as on a PC.  Every other MMIO exit inside a memslot is a fault of the host page,
-        # which no rule serves.
-        batch.mmio(gpa, size, read="stop", write="ignore")
 
     @property
     def console(self) -> Console:
@@ -328,7 +333,7 @@ class Machine:
             if self._debug_rule is not None:  # which reaches three ports further; the next run() makes it anew
                 self.batch.remove("pio", self._debug_rule)
                 self._debug_rule = None
-            self._console = Console(self.batch, self._claims.__setitem__)
+            self._console = Console(self.batch, self.io.root)
         return self._console
 
     # ---- running ----
@@ -352,7 +357,7 @@ class Machine:
         """
         deadline = self._deadline("Machine.exits", timeout)
         if self._batch is not None:
-            self._serve_unclaimed("stop")
+            self._serve_unclaimed(False)
         return self._exits(deadline)
 
     def _deadline(self, call: str, timeout: float | None) -> int:
@@ -371,7 +376,6 @@ class Machine:
 
     def _exits(self, deadline: int) -> Iterator[Exit]:
         run = self.vcpu.kvm.run_until
-        claims = self._claims
         while True:
             try:
                 exit = run(deadline)
@@ -379,17 +383,51 @@ class Machine:
                 if self.unclaimed != "open_bus" or not self._answer_ones():
                     raise
                 continue
-            if claims and isinstance(exit, _PORT_EXITS) and exit.port in claims:
-                answer = claims[exit.port](exit, self.unclaimed == "open_bus")
-                if answer is not None:
-                    if isinstance(exit, IoIn):
-                        self.answer(answer)
-                    continue
+            if isinstance(exit, _BUS_EXITS) and self._has_devices() and self._dispatch(exit):
+                continue
             if type(exit) is Again:
                 continue
             yield exit
             if isinstance(exit, _TERMINAL) or (type(exit) is Interrupted and exit.cause == "timeout"):
                 return
+
+    def _has_devices(self) -> bool:
+        # Asked at every exit, and answered anew when a view was replaced.
+        views = self.memory._view, self.io._view
+        if views[0] is not self._views[0] or views[1] is not self._views[1]:
+            self._devices = any(_is_device(row) for view in views for row in view._rows)
+            self._views = views
+        return self._devices
+
+    def _dispatch(self, exit: IoIn | IoOut | MmioRead | MmioWrite) -> bool:
+        # Serves an access from its address space, as QEMU does (qemu:accel/kvm/kvm-all.c kvm_handle_io, kvm_cpu_exec
+        # @v7.2).  False where nobody claims it, or on a strict machine a part of it.  A write to ROM is nobody's.
+        space, addr, count = (
+            (self.io, exit.port, exit.count) if isinstance(exit, _PORT_EXITS) else (self.memory, exit.gpa, 1)
+        )
+        strict = self.unclaimed != "open_bus"
+        size = exit.size
+        pieces = _pieces(space._view, addr, size)
+        claimed = [row is not None and _is_device(row) for _, _, row in pieces]
+        if not any(claimed) or (strict and not all(claimed)):
+            return False
+        if isinstance(exit, IoIn | MmioRead):
+            answer = b""
+            for _ in range(count):
+                for (at, length, _), is_claimed in zip(pieces, claimed, strict=True):
+                    data, result = space.try_read(at, length) if is_claimed else (b"\xff" * length, 0)
+                    if strict and result & MEMTX_DECODE_ERROR:
+                        return False
+                    answer += data
+            self.answer(answer)
+            return True
+        for start in range(0, len(exit.data), size):
+            for (at, length, _), is_claimed in zip(pieces, claimed, strict=True):
+                offset = start + at - addr
+                result = space.try_write(at, exit.data[offset : offset + length]) if is_claimed else 0
+                if strict and result & MEMTX_DECODE_ERROR:
+                    return False
+        return True
 
     def _answer_ones(self) -> bool:
         # As an empty bus would.  False for what is no bus: a host page that cannot be read.
@@ -403,10 +441,16 @@ class Machine:
             self.vcpu.kvm.fail_msr()
         return True
 
-    def _serve_unclaimed(self, policy: Literal["stop", "ignore"]) -> None:
+    def _serve_unclaimed(self, ignore: bool) -> None:
+        # What C does with an access that no rule covers.  It knows no regions: it may ignore only where rules cover
+        # all of them.
         batch = self.batch
-        if batch._unclaimed != {"unclaimed_pio": policy, "unclaimed_mmio": policy}:
-            batch.configure(unclaimed_pio=policy, unclaimed_mmio=policy)
+        policies = {}
+        for kind, space in (("pio", self.io), ("mmio", self.memory)):
+            covered = ignore and all(_is_covered(row, batch._rules[kind]) for row in space._view._rows)
+            policies[f"unclaimed_{kind}"] = "ignore" if covered else "stop"
+        if batch._unclaimed != policies:
+            batch.configure(**policies)  # type: ignore[arg-type]  # both are its words
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run until something ends it; see `Stop`.
@@ -418,9 +462,8 @@ class Machine:
         open_bus = self.unclaimed == "open_bus"
         if open_bus:
             self._claim_debug_exit()
-            self._serve_unclaimed("ignore")
-        elif self._batch is not None:
-            self._serve_unclaimed("stop")
+        if open_bus or self._batch is not None:
+            self._serve_unclaimed(open_bus)
         exits = self._exits(deadline)
         while True:
             exit = next(exits)  # what ends them ends this loop
@@ -527,6 +570,49 @@ def _bytes(call: str, field: str, data: Buffer) -> memoryview:
         return memoryview(data).cast("B")
     except TypeError:
         raise ArgumentTypeError(call, field, data, "bytes or another contiguous buffer") from None
+
+
+def _ram_layout(ram: RamBlock) -> MemoryRegion:
+    # The root "system" with the block in it, named as QEMU's pc does.
+    system = MemoryRegion.container("system", ADDRESS_END)
+    region, low = MemoryRegion.ram(ram.idstr, ram), min(ram.used_length, _LOW_RAM)
+    with transaction():
+        system.add_subregion(0, MemoryRegion.alias("ram-below-4g", region, 0, low))
+        if ram.used_length > low:
+            high = MemoryRegion.alias("ram-above-4g", region, low, ram.used_length - low)
+            system.add_subregion(_HIGH_RAM, high)
+    return system
+
+
+def _is_device(row: Row) -> bool:
+    # Whether an exit from this range is an access to be served: of all but memory that is in a memslot.  The ends of
+    # memory that are less than a page are in none.
+    start, size, region = row[:3]
+    return not region.is_ram or bool((start | size) % PAGE_SIZE)
+
+
+def _pieces(view: FlatView, addr: int, size: int) -> list[tuple[int, int, Row | None]]:
+    # [addr, addr + size) in pieces of one range each: (address, size, range or None).
+    pieces: list[tuple[int, int, Row | None]] = []
+    end = addr + size
+    while addr < end:
+        row = view._row(addr)
+        stop = addr + 1 if row is None else min(end, row[0] + row[1])
+        pieces.append((addr, stop - addr, row))
+        addr = stop
+    return pieces
+
+
+def _is_covered(row: Row, rules: list[tuple[int, int, Any, Any]]) -> bool:
+    # Whether C's rules, which are in the order of their addresses, cover all of a range, or it has no need of it.
+    if not _is_device(row):
+        return True
+    at, end = row[0], row[0] + row[1]
+    for start, stop, _, _ in rules:
+        if start > at:
+            break
+        at = max(at, stop)
+    return at >= end
 
 
 def _guest_cpuid(kvm: Kvm, apic_id: int) -> kvm_cpuid2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .qemu import Qemu, QemuError
     from .registry import Check, check, registered, run
     from .result import CheckResult, Lacking, Tally
     from .ringbuffer import Record
@@ -19,6 +20,8 @@ _HOMES = {
     "Instance": "tracefs",
     "Lacking": "result",
     "Lost": "tracefs",
+    "Qemu": "qemu",
+    "QemuError": "qemu",
     "Record": "ringbuffer",
     "Stats": "stats",
     "Tally": "result",
@@ -34,6 +37,8 @@ __all__ = [
     "Instance",
     "Lacking",
     "Lost",
+    "Qemu",
+    "QemuError",
     "Record",
     "Stats",
     "Tally",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "check", "registered", "run"]
 
-MODULES = ("checks",)  # modules of hvmodel.witness that hold checks
+# modules of hvmodel.witness that hold checks
+MODULES = ("checks", "check_alloc", "check_pages", "check_layout", "check_flatview", "check_memslots")
 
 _PREFIX = "check_"
 

@@ -67,7 +67,7 @@ def test_example(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("where", "code", "expected"), blocks(), ids=[where for where, _, _ in blocks()])
 def test_block(where: str, code: str, expected: str, tmp_path: Path) -> None:
-    need("kvm")
+    need("kvm", *(["userfaultfd"] if where.startswith("userfaultfd.md") else []))
     assert run(code, "block.py", tmp_path) == expected
 
 

@@ -898,41 +898,36 @@ def test_only_one_thread_runs_it(boot: Boot) -> None:
 # ---- firmware ----
 
 
-def test_load_bios_that_fails_behind_the_slot_takes_it_back(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_bios_that_is_interrupted_leaves_nothing(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = boot()
-    set_region = hv.Vm.set_user_memory_region
 
-    def interrupted(vm: hv.Vm, *args: Any, **named: Any) -> None:
-        set_region(vm, *args, **named)
+    def interrupted(_vm: hv.Vm, **_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, nothing_leaks():
-        patch.setattr(hv.Vm, "set_user_memory_region", interrupted)
+        patch.setattr(hv.Vm, "change_memory_regions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             machine.load_bios(bytes(64 << 10))
     assert list(machine.vm.memslots) == [0]
+    assert [region.name for region in machine.memory.root.subregions] == ["ram-below-4g"]
     with pytest.raises(hv.ArgumentError, match="not in RAM"):
         machine.read(0xFFFF0000, 1)
     machine.load_bios(b"\x90" * (64 << 10))
     assert machine.read(0xFFFF0000, 1) == b"\x90"
 
 
-def test_load_bios_whose_slot_cannot_be_taken_back_says_what_came_first(
+def test_a_rom_whose_slot_nobody_knows_of_is_let_go_with_the_machine(
     boot: Boot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = boot()
-    set_region = hv.Vm.set_user_memory_region
+    change = hv.Vm.change_memory_regions
 
-    def interrupted(vm: hv.Vm, *args: Any, **named: Any) -> None:
-        set_region(vm, *args, **named)
+    def interrupted(vm: hv.Vm, **named: Any) -> None:
+        change(vm, **named)
         raise KeyboardInterrupt
 
-    def dead(_vm: hv.Vm, _slot: int) -> None:
-        raise hv.HvError("no")
-
     with monkeypatch.context() as patch:
-        patch.setattr(hv.Vm, "set_user_memory_region", interrupted)
-        patch.setattr(hv.Vm, "delete_memory_region", dead)
+        patch.setattr(hv.Vm, "change_memory_regions", interrupted)
         with pytest.raises(KeyboardInterrupt):
             machine.load_bios(bytes(64 << 10))
     machine.close()  # which lets go of the ROM, or the test ends with a ResourceWarning
