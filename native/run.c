@@ -564,7 +564,7 @@ struct access {
 	bool is_write;
 };
 
-/* For an access that begins in a rule and reaches beyond it, so that Python can split it. */
+/* For an access that lies in a rule in part, so that Python can split it. */
 static struct hv_rule stop_rule = {.read = HV_STOP, .write = HV_STOP};
 
 static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t address,
@@ -583,7 +583,7 @@ static struct hv_rule *find_rule(struct hv_rule *rules, uint32_t nr, uint64_t ad
 		else
 			return size <= rule->end - address ? rule : &stop_rule;
 	}
-	return NULL;
+	return low < nr && rules[low].start - address < size ? &stop_rule : NULL;
 }
 
 static void fill(struct access *a, uint64_t value)

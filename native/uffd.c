@@ -795,6 +795,8 @@ static void serve(struct hv_uffd *u, const struct hv_fault *fault)
 		note(u, address, FILLED);
 		error = fill_missing(u, &area, address);
 	}
+	if (!error)
+		forget_guards(u, address, area.page_size);
 	if (error == -EEXIST) /* another fault has brought it in */
 		error = wake(u->fd, address, area.page_size);
 	if (error) {

@@ -33,7 +33,8 @@ SEALED = FIXED | F_SEAL_WRITE  # and what it says cannot change
 
 
 def length(message: memoryview | bytes) -> int:
-    return LENGTH.unpack_from(message)[0]
+    (nr_bytes,) = LENGTH.unpack_from(message)
+    return int(nr_bytes)
 
 
 # ---- the peer: does as it is told, and the worst it can ----

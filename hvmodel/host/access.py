@@ -146,7 +146,12 @@ class Access:
         Raises ArgumentError, ArgumentTypeError, ClosedError; HostError of process_vm_writev (EFAULT) where a page is
         not accessible or not writable, with the bytes before it written.
         """
-        size = len(data) if type(data) is bytes else _nbytes(data, self._owner)
+        if type(data) is bytes:
+            size = len(data)
+        else:
+            # A memoryview keeps a bytearray from being resized meanwhile, by `written` or another thread.
+            data = _contiguous(data, self._owner)
+            size = data.nbytes
         offset, size = self._range("write", offset, size, "len(data)")
         try:
             # Told before, so that an exception on the way cannot hide the write, and after, in case somebody took
@@ -377,12 +382,12 @@ class Access:
         raise HostError(error, call, "offset", offset, None, detail)
 
 
-# Bytes in anything that memmove takes.
-def _nbytes(data: Buffer, owner: str) -> int:
+# A view of anything that memmove takes.
+def _contiguous(data: Buffer, owner: str) -> memoryview:
     try:
         view = memoryview(data)
         if view.c_contiguous:
-            return view.nbytes
+            return view
     except (TypeError, ValueError, BufferError):
         pass
     raise ArgumentTypeError(f"{owner}.write", "data", data, "bytes or a C-contiguous buffer")

@@ -55,6 +55,8 @@ _ADDRESSES = 1 << 47  # of a process, without LA57
 _CHARS = ffi.typeof("char *")
 _OVERCOMMIT = "/proc/sys/vm/overcommit_memory"
 
+_POOL = "huge pages of it were given back to the host's pool, which may have none left for the next touch"
+
 # What a refusal of mmap means: (field, accepted).
 _REFUSED = {
     errno.EBADF: ("source", "an open file descriptor"),
@@ -179,6 +181,8 @@ class Mapping(Access):
             field, accepted_ = _REFUSED.get(-address, ("source", None))
             value = {"size": size, "prot": prot}.get(field, source)
             why = None
+            if address == -errno.EINVAL and not shared:
+                field, value, accepted_ = "shared", shared, "True: this file, as a guest_memfd, is mapped shared only"
             if address == -errno.ENOMEM and page_size != PAGE_SIZE:
                 why = f"the host's pool has too few free huge pages of {page_size} bytes, or addresses are used up"
             raise HostError(-address, "mmap", field, value, accepted_, why)
@@ -342,6 +346,8 @@ class Mapping(Access):
                 # Before they are there; after an error some may be.
                 guard = Bar(offset, end, GUARDED)
                 self._bars[guard] = None
+            if advice == "remove":
+                self._give_back()
             try:
                 if loses and self._written is not None:
                     self._written(offset, size)
@@ -379,6 +385,7 @@ class Mapping(Access):
             try:
                 if self._written is not None:
                     self._written(offset, size)
+                self._give_back()
                 if self._source is not None:
                     punch = lib.HV_FALLOC_FL_PUNCH_HOLE | lib.HV_FALLOC_FL_KEEP_SIZE
                     error = -lib.hv_fallocate(self._fd_now(call), punch, self._offset + offset, size)
@@ -449,12 +456,9 @@ class Mapping(Access):
         Raises ViewError (a BufferError) while a view is alive, BusyError while it is pinned or another thread is in one
         of its methods; then nothing has changed.  In a child of os.fork it unmaps the child's copy only.
         """
-        base, inside = self._base, self._inside
-        if base is None or inside is None:
+        if self._base is None:
             return
         call = f"{self._owner}.close"
-        holders = ref(base), ref(inside)
-        del base, inside
         if nr_views := self._nr_views():
             raise ViewError(call, repr(self), f"{nr_views} views of it are alive (or arrays made from them)")
         if self._pins:
@@ -463,6 +467,11 @@ class Mapping(Access):
         if not change.begin(1):
             raise BusyError(call, repr(self), "another thread is in one of its methods")
         try:
+            base, inside = self._base, self._inside
+            if inside is None:
+                return  # another thread was faster
+            holders = ref(base), ref(inside)
+            del base, inside
             # From here on every access finds a closed mapping.  One that was faster holds one of the two, or has made
             # a view.
             self._base = self._inside = None
@@ -489,6 +498,14 @@ class Mapping(Access):
         prot = "".join(char if self._prot & bit else "-" for bit, char in _PROTS.items())
         kind = "shared" if self._shared else "private"
         return f"Mapping({self._source!r}, hva={self._hva:#x}, size={self._size:#x}, {prot}, {kind})"
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns addresses of this process")
+
+    # A hole in a file of huge pages gives up their reservation too.
+    def _give_back(self) -> None:
+        if self._page_size != PAGE_SIZE and not any(bar.why == _POOL for bar in self._bars):
+            self._bars[Bar(0, self._size, _POOL)] = None
 
     # The descriptor of the file, of which a mere number is only so as long as it is still the same file.
     def _fd_now(self, call: str) -> int:

@@ -331,7 +331,14 @@ class MemFd:
     def __repr__(self) -> str:
         if self._fd < 0:
             return "<MemFd closed>"
-        return f"MemFd({self._name!r}, fd={self._fd}, size={self.size:#x})"
+        try:
+            size = f"{self.size:#x}"
+        except HostError:
+            size = "?"  # somebody else has closed the descriptor, and errors show this
+        return f"MemFd({self._name!r}, fd={self._fd}, size={size})"
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns a file descriptor of this process")
 
 
 def file_size(fd: int) -> int:

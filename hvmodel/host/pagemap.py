@@ -443,6 +443,9 @@ class PageMap:
             return "<PageMap closed>"
         return f"PageMap(pid={self._pid}, fd={self._fd})"
 
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns a file descriptor of this process")
+
 
 # All categories that this kernel has: it refuses a return_mask with another, even for an empty range.
 def _known_categories(fd: int) -> int:

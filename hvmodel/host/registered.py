@@ -183,10 +183,13 @@ class State:
         """Ends everything; of a child of fork, its copies of the descriptors."""
         if os.getpid() != self.pid:
             # A child of fork, whose memory is not registered.  Which pages were poisoned nobody can tell: the marks
-            # that keep views out stay.
+            # that keep views out, each a range's second hold, stay.
             for range_ in self.ranges:
-                range_.holds[0]()
+                del range_.holds[1:2]
+                range_.let_go()
             self.ranges = []
+            while self.source:
+                self.source.pop()()
         else:
             self.stop()
             for range_ in self.ranges[:]:

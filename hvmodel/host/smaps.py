@@ -30,7 +30,7 @@ from .pagemap import RANGE_MAX, Category, PageMap, open_proc, page_range
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import Any, Protocol
+    from typing import Any, BinaryIO, Protocol
 
     class Addressed(Protocol):
         """What has addresses: a Mapping."""
@@ -182,12 +182,12 @@ def read_smaps(pid: int | None = None, start: int = 0, end: int | None = None) -
     """
     first = index(start, "read_smaps", "start")
     last = None if end is None else index(end, "read_smaps", "end")
-    fd = open_proc("read_smaps", "smaps", pid)
-    return _select(fd, first, last)
+    # A file, and not its number: an iterator that nobody begins closes that when it goes.
+    return _select(os.fdopen(open_proc("read_smaps", "smaps", pid), "rb", buffering=1 << 16), first, last)
 
 
-def _select(fd: int, first: int, last: int | None) -> Iterator[Vma]:
-    with os.fdopen(fd, "rb", buffering=1 << 16) as file:
+def _select(file: BinaryIO, first: int, last: int | None) -> Iterator[Vma]:
+    with file:
         for vma in _parse(file):
             if last is not None and vma.start >= last:
                 return
@@ -195,7 +195,7 @@ def _select(fd: int, first: int, last: int | None) -> Iterator[Vma]:
                 yield vma
 
 
-def _parse(lines: Any) -> Iterator[Vma]:
+def _parse(lines: Iterable[bytes]) -> Iterator[Vma]:
     # A VMA is its head line and the lines up to the next one; those have names that begin with a capital.
     head: list[Any] = []
     found: dict[str, Any] = {}

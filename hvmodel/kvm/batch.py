@@ -280,7 +280,7 @@ class Batch:
             raise
 
     def pio(self, port: int, size: int, *, read: Read = "stop", write: Write = "stop") -> None:
-        """Serve accesses that lie in ports [port, port + size); what begins there and reaches beyond goes to Python.
+        """Serve accesses that lie in ports [port, port + size); what lies there in part goes to Python.
 
         ArgumentError: the range is empty, beyond 0x10000, or overlaps another rule.
         """
@@ -387,6 +387,11 @@ class Batch:
         for part in keep:
             part._batch = ref(self)
         self._keep = new
+
+    def _stop_ignoring(self) -> None:
+        # From the next exit on, also while the vCPU runs: C reads each of these words once per exit.
+        self._unclaimed = dict.fromkeys(self._unclaimed, "stop")
+        self._batch.unclaimed_pio = self._batch.unclaimed_mmio = _POLICIES["stop"]
 
     def _running(self) -> Any:
         return ffi.NULL if self._vcpu is None else self._vcpu._c

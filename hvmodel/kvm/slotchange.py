@@ -16,6 +16,7 @@ from .vm import _backing, _pin, _unpin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .vm import Vm
@@ -27,7 +28,14 @@ _MAX_PAGES = (1 << 31) - 1  # KVM_MEM_MAX_NR_PAGES
 _GUEST_MEMFD = 4
 
 
-def change(vm: Vm, delete: list[int], flags: dict[int, int], add: list[SlotMemory], space: int) -> list[MemSlot]:
+def change(
+    vm: Vm,
+    delete: list[int],
+    flags: dict[int, int],
+    add: list[SlotMemory],
+    space: int,
+    done: Callable[[list[MemSlot]], object] | None,
+) -> list[MemSlot]:
     """What `Vm.change_memory_regions` does."""
     fd = vm.fd
     _uint(_CALL, "address_space", space, 16)
@@ -42,7 +50,7 @@ def change(vm: Vm, delete: list[int], flags: dict[int, int], add: list[SlotMemor
             if _uint(_CALL, "slot", slot) not in slots:
                 raise ArgumentError(_CALL, "flags", slot, f"a slot that stays: {sorted(slots)}")
         ids = _free_ids(vm, slots, space, len(add))
-        return _Journal(vm, fd).make(delete, flags, add, backings, ids)
+        return _Journal(vm, fd).make(delete, flags, add, backings, ids, done)
 
 
 def _check(row: object) -> tuple[Any, int]:
@@ -85,8 +93,9 @@ class _Journal:
         add: list[SlotMemory],
         backings: list[tuple[Any, int]],
         ids: list[int],
+        done: Callable[[list[MemSlot]], object] | None,
     ) -> list[MemSlot]:
-        vm, before = self.vm, self.vm._slots.slots
+        vm, before, pinned = self.vm, self.vm._slots.slots, self.vm._pinned
         after = dict(before)
         try:
             for slot in delete:
@@ -104,12 +113,15 @@ class _Journal:
                 added.append(MemSlot(slot, row.gpa, row.size, hva, row.flags))
                 self._step(None, added[-1], after)
             vm._slots.replace(after, self._ids())
+            vm._pinned = {slot: pins for slot, pins in pinned.items() if slot not in delete} | self.pins
+            if done is not None:
+                done(added)
         except BaseException as error:
+            vm._pinned = pinned
             self._undo(error, after)
             raise
         for slot in delete:
-            vm._release(slot)
-        vm._pinned |= self.pins
+            _unpin(*pinned.get(slot, ((), "")))
         return added
 
     def _step(self, before: MemSlot | None, entry: MemSlot | None, after: dict[int, MemSlot]) -> None:

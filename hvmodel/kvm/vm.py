@@ -14,7 +14,7 @@ from .memslots import MemSlot, SlotMemory, _SlotMap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from .._native import kvm_clock_data, kvm_coalesced_mmio_zone, kvm_irqchip, kvm_pit_state, kvm_pit_state2
@@ -239,7 +239,14 @@ class Vm(Handle):
         """Take slot `slot` away (memory_size 0).  KvmError EINVAL: there is no such slot."""
         entry = MemSlot(_uint("KVM_SET_USER_MEMORY_REGION", "slot", slot), 0, 0, 0, 0)
         with self._slot_lock:
-            self._set(self.fd, entry)
+            try:
+                self._set(self.fd, entry)
+            except HvError:
+                raise
+            except BaseException:  # an interruption, before or after it was deleted
+                self._put_back(entry)
+                self._note(entry)
+                raise
             self._note(entry)
 
     def change_memory_regions(
@@ -249,11 +256,13 @@ class Vm(Handle):
         flags: dict[int, int] | None = None,
         add: Iterable[SlotMemory] = (),
         address_space: int = 0,
+        done: Callable[[list[MemSlot]], object] | None = None,
     ) -> list[MemSlot]:
         """Delete slots, give others new `flags` (id -> KVM_MEM_*), make new ones: all of that or, with an error, none.
 
         One KVM_SET_USER_MEMORY_REGION each, in that order; other slots are not touched.  A new slot gets the first id
-        of `address_space` that is free then.  Returns the new slots in the order of `add`.
+        of `address_space` that is free then.  Returns the new slots in the order of `add`.  `done(new slots)` is called
+        as the last step, before any other change of slots; if it raises, all is undone.
 
         A vCPU that runs meanwhile may find nothing at the address of a slot that is deleted and made anew: it exits, as
         for an address without memory, or its VM sees another slot change.  What KVM logged of a deleted slot is lost:
@@ -269,22 +278,38 @@ class Vm(Handle):
         if flags is not None and not isinstance(flags, dict):
             raise ArgumentTypeError(call, "flags", flags, "a dict of slot ids and flags")
         slots, rows = _rows(call, "delete", delete, "slot ids"), _rows(call, "add", add, "SlotMemory values")
-        return change(self, slots, flags or {}, rows, address_space)
+        return change(self, slots, flags or {}, rows, address_space, done)
 
     def _take(self, fd: int, entry: MemSlot, keep: list[Any], *, second: bool = False) -> None:
         # Makes or changes a slot.  What backs it is pinned before the kernel has it, so that there is no time in which
         # it could go.
         why = f"memslot {entry.slot} of VM fd={self._fd}"
         _pin(keep, why)
+        old = self._slots.slots.get(entry.slot, MemSlot(entry.slot, 0, 0, 0, 0))
         try:
             self._set(fd, entry, second=second)
-        except BaseException:
+            self._slots.put(entry)
+        except HvError:
+            _unpin(keep, why)
+            raise
+        except BaseException:  # an interruption, before or after it was made
+            self._put_back(old)
+            if old.size:
+                self._slots.put(old)
+            else:
+                self._slots.drop(old.slot)
             _unpin(keep, why)
             raise
         self._release(entry.slot)
         if keep:
             self._pinned[entry.slot] = keep, why
-        self._slots.put(entry)
+
+    def _put_back(self, entry: MemSlot) -> None:
+        # The slot as it was, or none of size 0, which the kernel may have deleted already.
+        from contextlib import suppress
+
+        with suppress(HvError):
+            self._set(self.fd, entry)
 
     def _set(self, fd: int, entry: MemSlot, *, second: bool = False, slots: dict[int, MemSlot] | None = None) -> None:
         # The ioctl, or its refusal explained by the slots of that moment.

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from ..host.mapping import Mapping
+
     Block: TypeAlias = "RamBlock | BlockPlan"
 else:
 
@@ -101,6 +103,11 @@ class BlockPlan(Value):
     def max_length(self) -> int:
         """The same as `used_length`."""
         return self.used_length
+
+    @property
+    def mapping(self) -> Mapping:
+        """Raises ArgumentError: there is nothing that a memslot could have."""
+        raise self._refusal("mapping", 0)
 
     def read(self, offset: int, size: int) -> bytes:  # noqa: ARG002
         """Raises ArgumentError: there is nothing to read."""

@@ -39,6 +39,7 @@ from ..ram.address_space import AddressSpace
 from ..ram.block import RamBlock, ram_size
 from ..ram.dispatch import MEMTX_DECODE_ERROR
 from ..ram.kvm_listener import KvmMemoryListener
+from ..ram.listener import MemoryListener
 from ..ram.region import ADDRESS_END, MemoryRegion
 from ..ram.topology import transaction
 from ..units import PAGE_SIZE, GiB
@@ -108,6 +109,15 @@ class Stop(Value):
     def value(self) -> int | None:
         """What the guest wrote to the debug-exit port, or None."""
         return self.exit.value if self.reason == "debug-exit" and isinstance(self.exit, IoOut) else None
+
+
+class _Regions(MemoryListener):
+    # What C ignores was decided by regions that have changed: until the next run() decides anew, it ignores nothing.
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def commit(self) -> None:
+        self._batch._stop_ignoring()
 
 
 class Machine:
@@ -225,7 +235,7 @@ class Machine:
         # The block and the offset in it of the memory [gpa, gpa + size).  Most calls are to the range of the last one.
         view = self.memory._view
         last, start, end, block, offset = self._found
-        if last is view and type(gpa) is int and type(size) is int and start <= gpa and 0 <= size <= end - gpa:
+        if last is view and type(gpa) is int and type(size) is int and start <= gpa < end and 0 <= size <= end - gpa:
             return block, gpa + offset
         for field, value in (("gpa", gpa), ("size", size)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -320,6 +330,8 @@ class Machine:
         if self._batch is None:
             batch = Batch()
             self.vcpu.kvm.batch = batch
+            for space in (self.memory, self.io):
+                space.add_listener(_Regions(batch))
             self._batch = batch
         return self._batch
 
@@ -402,22 +414,28 @@ class Machine:
     def _dispatch(self, exit: IoIn | IoOut | MmioRead | MmioWrite) -> bool:
         # Serves an access from its address space, as QEMU does (qemu:accel/kvm/kvm-all.c kvm_handle_io, kvm_cpu_exec
         # @v7.2).  False where nobody claims it, or on a strict machine a part of it.  A write to ROM is nobody's.
+        # One to the debug-exit port is no region's.
+        if isinstance(exit, IoOut) and exit.port == self.debug_exit:
+            return False
         space, addr, count = (
             (self.io, exit.port, exit.count) if isinstance(exit, _PORT_EXITS) else (self.memory, exit.gpa, 1)
         )
         strict = self.unclaimed != "open_bus"
         size = exit.size
         pieces = _pieces(space._view, addr, size)
-        claimed = [row is not None and _is_device(row) for _, _, row in pieces]
+        is_read = isinstance(exit, IoIn | MmioRead)
+        claimed = [row is not None and _is_device(row) and (is_read or not _is_rom(row)) for _, _, row in pieces]
         if not any(claimed) or (strict and not all(claimed)):
             return False
         if isinstance(exit, IoIn | MmioRead):
             answer = b""
             for _ in range(count):
                 for (at, length, _), is_claimed in zip(pieces, claimed, strict=True):
-                    data, result = space.try_read(at, length) if is_claimed else (b"\xff" * length, 0)
-                    if strict and result & MEMTX_DECODE_ERROR:
-                        return False
+                    data, result = space.try_read(at, length) if is_claimed else (b"", MEMTX_DECODE_ERROR)
+                    if result & MEMTX_DECODE_ERROR:
+                        if strict:
+                            return False
+                        data = b"\xff" * length
                     answer += data
             self.answer(answer)
             return True
@@ -445,12 +463,15 @@ class Machine:
         # What C does with an access that no rule covers.  It knows no regions: it may ignore only where rules cover
         # all of them.
         batch = self.batch
-        policies = {}
-        for kind, space in (("pio", self.io), ("mmio", self.memory)):
-            covered = ignore and all(_is_covered(row, batch._rules[kind]) for row in space._view._rows)
-            policies[f"unclaimed_{kind}"] = "ignore" if covered else "stop"
-        if batch._unclaimed != policies:
-            batch.configure(**policies)  # type: ignore[arg-type]  # both are its words
+        views: tuple[FlatView, ...] = ()
+        while views != (self.io._view, self.memory._view):  # another thread may change them
+            views = self.io._view, self.memory._view
+            policies = {}
+            for kind, view in zip(("pio", "mmio"), views, strict=True):
+                covered = ignore and all(_is_covered(row, batch._rules[kind]) for row in view._rows)
+                policies[f"unclaimed_{kind}"] = "ignore" if covered else "stop"
+            if batch._unclaimed != policies:
+                batch.configure(**policies)  # type: ignore[arg-type]  # both are its words
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run until something ends it; see `Stop`.
@@ -589,6 +610,11 @@ def _is_device(row: Row) -> bool:
     # memory that are less than a page are in none.
     start, size, region = row[:3]
     return not region.is_ram or bool((start | size) % PAGE_SIZE)
+
+
+def _is_rom(row: Row) -> bool:
+    # Whether writes to this range are nobody's: read-only memory.
+    return row[2].is_ram and row[4]
 
 
 def _pieces(view: FlatView, addr: int, size: int) -> list[tuple[int, int, Row | None]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import weakref
 from itertools import count
 
-from ..errors import ArgumentError, ArgumentTypeError, ClosedError
+from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError
 from . import dispatch
 from .flatview import FlatView, flatview_root, render
 from .listener import MemoryListener, MemoryRegionSection
@@ -53,7 +53,8 @@ def address_spaces() -> tuple[AddressSpace, ...]:
 class AddressSpace:
     """A space of 2**64 addresses that shows the region `root`; `name` is any text ("memory", "I/O").
 
-    The view is there at once, and changes at the end of transactions.  The space has its root; nobody has the space
+    The view is there at once, and changes at the end of transactions; BusyError: made within one that has changed
+    regions, for it would show what may be taken back.  The space has its root; nobody has the space
     but its maker: one that is forgotten is gone, without telling its listeners.  Close it to tell them.
 
     `read`, `write`, `load` and `store` are accesses of a guest's CPU or device; see hvmodel.ram.dispatch.
@@ -81,6 +82,9 @@ class AddressSpace:
         self._listeners: list[tuple[int, int, MemoryListener]] = []  # by priority, then by when they joined
         self._sections: dict[int, MemoryRegionSection] = {}  # of ranges that stay, by their start
         with _topology._lock:
+            if _topology._changed:
+                why = "regions have been changed in it, and the change may be refused; make the space before or after"
+                raise BusyError("AddressSpace", "the transaction", why)
             self._view = _view_of(root, {space._view.root: space._view for space in address_spaces()})
             self._serial = next(_serial)
             _spaces[self._serial] = weakref.ref(self, _Forget(self._serial))

@@ -24,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
+    from weakref import WeakSet
 
     from typing_extensions import Buffer
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .backend import MemoryBackend
     from .backing import BackingFile
     from .ramlist import RamList
+    from .region import MemoryRegion
 
 __all__ = ["RAM_SHARED", "RamBlock", "host_memory", "ram_size"]
 
@@ -91,6 +93,7 @@ class RamBlock:
         "_mapping",
         "_max_length",
         "_offset",
+        "_regions",
         "_resized",
         "_used_length",
     )
@@ -142,6 +145,7 @@ class RamBlock:
         self._idstr, self._used_length, self._max_length = idstr, used_length, max_length
         self._backend, self._resized = backend, resized
         self._list: RamList | None = None
+        self._regions: WeakSet[MemoryRegion] | None = None
         self._file = None
         self._offset = self._fd_offset = 0
 
@@ -332,16 +336,18 @@ class RamBlock:
         self._mapping.write(offset, data)
 
     def resize(self, used_length: int | str) -> None:
-        """Gives the guest the first `used_length` bytes, whole pages, at most `max_length`; no system call is made.
+        """Gives the guest the first `used_length` bytes, whole pages, at most `max_length`; the mapping stays.
 
         What lies behind keeps its bytes, and is mapped, but not reached through this object; views of it that are
         alive stay.  All pages the guest has count as written by the host then, for a restore or a migration must not
-        take them for what they were.  The same length again does nothing.
+        take them for what they were; the others do not.  The same length again does nothing.
 
-        Who has given the block to the guest (a memory region, a memslot) is not told but by `resized`.
+        Memory regions that show all of the block go on to do so, and with them memslots that a listener keeps: it is a
+        transaction.  Who has made a memslot by hand is not told but by `resized`.
 
-        Raises ArgumentError ("Size mismatch" for a block without RAM_RESIZEABLE, "Size too large"),
-        ArgumentTypeError, ClosedError; what `resized` raises, with the new length in place.
+        Raises ArgumentError ("Size mismatch" for a block without RAM_RESIZEABLE, "Size too large", a region that would
+        end above 2**64), ArgumentTypeError, ClosedError, BusyError in a listener; what listeners raise, with the length
+        as it was; what `resized` raises, with the new length in place.
         """
         call = "RamBlock.resize"
         if self.closed:
@@ -355,10 +361,27 @@ class RamBlock:
         if size > self._max_length:
             detail = f"Size too large: {self._idstr}"
             raise ArgumentError(call, "used_length", used_length, f"at most max_length, {self._max_length:#x}", detail)
-        self._used_length = size
-        self._dirty.mark(0, size)
+        if self._regions:
+            from .region import resize
+
+            resize(self, self._regions, size)
+        else:
+            self._use(size)
         if self._resized is not None:
             self._resized(self._idstr, size, self.host)
+
+    # For the region that has its size from this block.
+    def _show(self, region: MemoryRegion) -> None:
+        if self._flags & RAM_RESIZEABLE:
+            if self._regions is None:
+                from weakref import WeakSet
+
+                self._regions = WeakSet()
+            self._regions.add(region)
+
+    def _use(self, size: int) -> None:
+        self._used_length = size
+        self._dirty.mark(0, size)
 
     def mark_host_dirty(self, offset: int, size: int) -> None:
         """Marks the pages of [offset, offset + size): for who has written them through `host`.
@@ -370,7 +393,7 @@ class RamBlock:
     def host_dirty(self) -> list[range]:
         """Pages that the host has written or has a writable view of: ranges of their indexes, ascending, disjoint."""
         opened = self._opened()
-        return merge(self._dirty.ranges() + opened) if opened else self._dirty.ranges()
+        return self._of_guest(merge(self._dirty.ranges() + opened) if opened else self._dirty.ranges())
 
     def take_host_dirty(self) -> list[range]:
         """`host_dirty`, whose marks are taken off: the next call tells what was written since.
@@ -379,11 +402,18 @@ class RamBlock:
         next one's, and in both rather than in none.
         """
         opened = self._opened()
-        return merge(self._dirty.take() + opened) if opened else self._dirty.take()
+        return self._of_guest(merge(self._dirty.take() + opened) if opened else self._dirty.take())
 
     # Asked before the marks are read: a view that goes away in between is then told twice, not never.
     def _opened(self) -> list[range]:
         return [pages_of(offset, size) for offset, size in self._mapping.open_writable() if size]
+
+    # The pages behind `used_length` are nobody's; all count as written when they are the guest's again.
+    def _of_guest(self, found: list[range]) -> list[range]:
+        end = self._used_length // PAGE_SIZE
+        if found and found[-1].stop > end:
+            found = [range(pages.start, min(pages.stop, end)) for pages in found if pages.start < end]
+        return found
 
     # Checks a range against what the guest has, which may be less than is mapped.
     def _within(self, method: str, offset: int, size: int | None, field: str = "size") -> tuple[int, int]:
@@ -433,9 +463,11 @@ class RamBlock:
     def __repr__(self) -> str:
         if self.closed:
             return f"<RamBlock {self._idstr} closed>"
+        # The file is public, and may have been closed by itself.
+        fd = -1 if self._file is None or self._file.closed else self._file.fd
         return (
             f"RamBlock({self._idstr!r}, used_length={self.used_length:#x}, max_length={self.max_length:#x}, "
-            f"page_size={self.page_size:#x}, fd={self.fd}, flags={flag_names(self._flags)})"
+            f"page_size={self.page_size:#x}, fd={fd}, flags={flag_names(self._flags)})"
         )
 
 
@@ -443,7 +475,7 @@ class RamBlock:
 def _marks(length: int) -> HostDirty:
     try:
         return HostDirty(length // PAGE_SIZE)
-    except (MemoryError, OverflowError):
+    except (MemoryError, OverflowError, OSError):
         accepted = "a size that this process's addresses and the host's memory have room for"
         raise HostError(errno.ENOMEM, "mmap", "size", length, accepted) from None
 

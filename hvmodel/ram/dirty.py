@@ -12,8 +12,18 @@ from ..units import PAGE_SHIFT
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from mmap import mmap
 
 __all__ = ["HostDirty", "merge", "pages_of"]
+
+
+_MANY = 1 << 24  # pages (64 GiB of RAM): a bytearray touches all of its bytes, and memory from mmap none
+
+
+def _lazy(nr_pages: int) -> mmap:
+    from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+    return mmap(-1, nr_pages, MAP_PRIVATE | MAP_ANONYMOUS)
 
 
 def merge(ranges: Iterable[range]) -> list[range]:
@@ -55,7 +65,7 @@ class HostDirty:
     __slots__ = ("marks",)
 
     def __init__(self, nr_pages: int) -> None:
-        self.marks = bytearray(nr_pages)
+        self.marks: bytearray | mmap = bytearray(nr_pages) if nr_pages < _MANY else _lazy(nr_pages)
         """One byte per page, 1 where the host has written; never resized, so that C may hold its address."""
 
     def mark(self, offset: int, size: int) -> None:
@@ -79,8 +89,8 @@ class HostDirty:
     # A run of marks is found, and taken off, by three calls of C's memory functions.
     def _scan(self, take: bool) -> list[range]:
         marks, found, first = self.marks, [], 0
-        while (first := marks.find(1, first)) >= 0:
-            end = marks.find(0, first)
+        while (first := marks.find(b"\1", first)) >= 0:
+            end = marks.find(b"\0", first)
             if end < 0:
                 end = len(marks)
             if take:

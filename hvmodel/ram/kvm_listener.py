@@ -127,6 +127,10 @@ class KvmMemoryListener(MemoryListener):
 
     # ---- what it is told ----
 
+    def begin(self) -> None:
+        """Forgets what it was told of a change that did not come to its commit."""
+        self._forget()
+
     def region_add(self, section: MemoryRegionSection) -> None:
         """Notes the section, which may need a slot.  ArgumentError: it is of a second address space."""
         if self._space is not section.address_space:
@@ -165,21 +169,27 @@ class KvmMemoryListener(MemoryListener):
 
     def commit(self) -> None:
         """Makes the slots those of the sections; with an error, leaves them as they were, and forgets the change."""
-        touched, self._touched = self._touched, {}
-        if not touched:
-            return
-        if self.vm.closed:
-            self._slots.clear()
-            return
-        try:
-            self._change(list(touched))
-        except BaseException:
-            for key, section in touched.items():
-                if section is None:
-                    self._sections.pop(key, None)
-                else:
-                    self._sections[key] = section
-            raise
+        touched, before = list(self._touched), self._slots
+        if touched and self.vm.closed:
+            self._slots = {}
+        elif touched:
+            try:
+                self._change(touched)
+            except BaseException:
+                self._forget()
+                if self._slots is not before:  # an interruption came when all was done
+                    self._change(touched)
+                raise
+        self._touched = {}
+
+    def _forget(self) -> None:
+        # The sections as they were at the last commit.
+        for key, section in self._touched.items():
+            if section is None:
+                self._sections.pop(key, None)
+            else:
+                self._sections[key] = section
+        self._touched = {}
 
     def _change(self, touched: list[Key]) -> None:
         kept, gone, wanted = self._slots.copy(), {}, {}
@@ -208,11 +218,15 @@ class KvmMemoryListener(MemoryListener):
         delete = [entry.slot for entry in gone.values()]
         if delete or flags or add:
             self._take_logs(list(gone.values()))
-            made = self.vm.change_memory_regions(
-                delete=delete, flags=flags, add=add.values(), address_space=self.address_space_id
+
+            def done(made: list[MemSlot]) -> None:
+                self._slots = kept | dict(zip(add, made, strict=True))
+
+            self.vm.change_memory_regions(
+                delete=delete, flags=flags, add=add.values(), address_space=self.address_space_id, done=done
             )
-            kept.update(zip(add, made, strict=True))
-        self._slots = kept
+        else:
+            self._slots = kept
 
     def _slot_of(self, section: MemoryRegionSection) -> SlotMemory | None:
         # What the slot of a section is made of, or None where it has none.

@@ -49,6 +49,8 @@ def info_mtree(
     QEMU prints trees and views in the order of a hash table; here it is that of `spaces`, by the first of each.
     Spaces with the same root are one tree, their names sorted.
     """
+    if not hasattr(spaces, "__iter__"):
+        raise ArgumentTypeError("info_mtree", "spaces", spaces, "AddressSpaces")
     spaces = list(spaces)
     for space in spaces:
         if not isinstance(space, AddressSpace):

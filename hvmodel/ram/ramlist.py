@@ -82,8 +82,8 @@ class RamList:
 
     >>> with RamBlock("pc.ram", "1M") as ram, RamBlock("pc.bios", "256K") as bios:
     ...     blocks = RamList([ram, bios])
-    ...     [(block.idstr, hex(block.offset)) for block in blocks], blocks.at(0x100010)
-    ([('pc.ram', '0x0'), ('pc.bios', '0x100000')], (<RamBlock pc.bios>, 16))
+    ...     [(block.idstr, hex(block.offset)) for block in blocks], blocks.at(0x100010) == (bios, 0x10)
+    ([('pc.ram', '0x0'), ('pc.bios', '0x100000')], True)
     """
 
     __slots__ = ("_blocks", "_lock", "_version")
@@ -92,6 +92,8 @@ class RamList:
         self._blocks: tuple[RamBlock, ...] = ()
         self._lock = Lock()
         self._version = 0
+        if not hasattr(blocks, "__iter__"):
+            raise ArgumentTypeError("RamList", "blocks", blocks, "RamBlocks")
         for block in blocks:
             self.add(block)
 

@@ -20,7 +20,6 @@ Source: struct MemoryRegion, include/exec/memory.h@v7.2 of QEMU (`unmergeable`: 
 from __future__ import annotations
 
 from bisect import bisect_left
-from functools import partial
 from weakref import WeakSet
 
 from ..errors import ArgumentError, ArgumentTypeError
@@ -41,6 +40,7 @@ __all__ = [
     "DIRTY_MEMORY_VGA",
     "MemoryRegion",
     "MemoryRegionOps",
+    "resize",
     "seen_from",
 ]
 
@@ -270,6 +270,8 @@ does not contain this one, nor is it, also not by aliases
         region = cls(name, size, owner=owner)
         region._block = block
         region._terminates = True
+        if getattr(block, "_show", None) is not None:
+            block._show(region)
         return region
 
     # ---- what it is ----
@@ -372,7 +374,7 @@ does not contain this one, nor is it, also not by aliases
             before = region._addr, region._priority
             region._addr, region._priority = offset, priority
             self._link(region)
-            _topology._note(partial(self._unlink, region, *before), self, region)
+            _topology._note(lambda: self._unlink(region, *before), self, region)
 
     def del_subregion(self, region: MemoryRegion) -> None:
         """Takes `region` out.  It can be put somewhere else then.  ArgumentError: it is not in this one."""
@@ -384,7 +386,7 @@ does not contain this one, nor is it, also not by aliases
                 raise ArgumentError(call, "region", region, f"one of the {len(self._subregions)} subregions")
             index = self._subregions.index(region)
             self._unlink(region, region._addr, region._priority)
-            _topology._note(partial(self._link, region, index), self, region)
+            _topology._note(lambda: self._link(region, index), self, region)
 
     # Before the first one whose priority is not higher, or where it was.
     def _link(self, region: MemoryRegion, index: int | None = None) -> None:
@@ -405,7 +407,7 @@ does not contain this one, nor is it, also not by aliases
             old = getattr(self, slot)
             if old != value:
                 setattr(self, slot, value)
-                _topology._note(partial(setattr, self, slot, old), self)
+                _topology._note(lambda: setattr(self, slot, old), self)
 
     @property
     def addr(self) -> int:
@@ -430,9 +432,9 @@ does not contain this one, nor is it, also not by aliases
 
     @property
     def size(self) -> int:
-        """Its size in bytes, 0 to 2**64.
+        """Its size in bytes, 0 to 2**64.  That of all of a RamBlock changes with it, see `RamBlock.resize`.
 
-        ArgumentError: addr + size or, of an alias, alias_offset + size is above 2**64; more than its block can have.
+        Set: ArgumentError: addr + size or, of an alias, alias_offset + size is above 2**64; more than its block has.
         """
         return self._size
 
@@ -441,14 +443,16 @@ does not contain this one, nor is it, also not by aliases
         call = "MemoryRegion.size"
         with _topology:
             size = _size(size, call)
-            start = max(self._addr if self._container is not None else 0, self._alias_offset)
-            if start + size > ADDRESS_END:
-                raise ArgumentError(call, "size", size, f"0 to {ADDRESS_END - start:#x}: it begins at {start:#x}")
-            if self._block is not None:
-                longest = getattr(self._block, "max_length", self._block.used_length)
-                if size > longest:
-                    raise ArgumentError(call, "size", size, f"0 to {longest:#x}, the max_length of its block")
+            self._check_end(size, call, "size")
+            if self._block is not None and size > self._block.used_length:
+                longest = self._block.used_length
+                raise ArgumentError(call, "size", size, f"0 to {longest:#x}, the used_length of its block")
             self._set("_size", size)
+
+    def _check_end(self, size: int, call: str, field: str) -> None:
+        start = max(self._addr if self._container is not None else 0, self._alias_offset)
+        if start + size > ADDRESS_END:
+            raise ArgumentError(call, field, size, f"0 to {ADDRESS_END - start:#x}: it begins at {start:#x}")
 
     @property
     def enabled(self) -> bool:
@@ -547,6 +551,24 @@ does not contain this one, nor is it, also not by aliases
         if self._priority:
             text += f" priority={self._priority}"
         return text + ("" if self._enabled else " disabled") + ">"
+
+
+def resize(block: RamBlock, regions: Iterable[MemoryRegion], used_length: int) -> None:
+    """The part of `RamBlock.resize` that is a transaction: those of `regions` that show all of the block go on to.
+
+    Those that show more than it has left are cut.
+
+    Source: memory_region_set_size in qemu_ram_resize, softmmu/physmem.c@v7.2 of QEMU.
+    """
+    with _topology:
+        before = block.used_length
+        following = [region for region in regions if region._size == before or region._size > used_length]
+        for region in following:
+            region._check_end(used_length, "RamBlock.resize", "used_length")
+        block._use(used_length)
+        _topology._note(lambda: block._use(before), *following)
+        for region in following:
+            region.size = used_length
 
 
 def seen_from(regions: Iterable[MemoryRegion]) -> set[MemoryRegion]:

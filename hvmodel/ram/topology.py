@@ -12,7 +12,7 @@ Source: memory_region_transaction_begin and _commit, softmmu/memory.c@v7.2 of QE
 
 from __future__ import annotations
 
-import threading
+from _thread import RLock
 
 from ..errors import BusyError
 
@@ -37,7 +37,7 @@ class Transaction:
     __slots__ = ("_changed", "_depth", "_lock", "_telling", "_undo", "_update")
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._depth = 0
         self._telling = False  # whether listeners are being told
         self._changed: dict[MemoryRegion, None] = {}  # in the order of their changes

@@ -309,6 +309,21 @@ def test_discard(memfd: MemFd, kind: str, told: Told) -> None:
         assert mapping.read(0, mapping.size) == bytes(mapping.size)
 
 
+@pytest.mark.parametrize("what", ["discard", "remove"])
+def test_huge_pages_that_were_given_back_may_not_be_there(
+    mapping: Mapping, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A host without huge pages in its pool shows only that views are refused.
+    mapping.view()
+    monkeypatch.setattr(mapping, "_page_size", SIZE)
+    for _ in range(2):
+        mapping.discard(0) if what == "discard" else mapping.advise("remove")
+    with pytest.raises(ViewError, match="pool"):
+        mapping.view(0, 1)
+    assert mapping.read(0, 1) == b"\0"
+    assert len(mapping._bars) == 1
+
+
 def test_discard_makes_qemus_calls() -> None:
     # ram_block_discard_range, softmmu/physmem.c of QEMU 7.2.
     from tests.host.test_reserve import calls_of

@@ -31,6 +31,7 @@ from hvmodel.host import (
     MemFd,
     ViewError,
 )
+from hvmodel.host.changes import Change
 from tests.host.held import maps, nothing_leaks
 
 PAGE = 4096
@@ -503,6 +504,51 @@ def test_close_against_readers() -> None:
         for thread in threads:
             thread.join()
         assert seen == []
+
+
+def test_close_sees_who_came_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Between the first look of `close` and its turn another thread has changed something, and a third is in a memcpy.
+    mapping = Mapping(None, SIZE)
+    inside: list[object] = []
+    begin = Change.begin
+
+    def later(change: Change, patience: float) -> bool:
+        monkeypatch.setattr(Change, "begin", begin)
+        mapping.protect(0, PAGE, PROT_READ)
+        inside.append(mapping._hold("read"))
+        return begin(change, patience)
+
+    monkeypatch.setattr(Change, "begin", later)
+    with pytest.raises(BusyError, match="another thread"):
+        mapping.close()
+    inside.clear()
+    assert mapping.read(0, 1) == b"\0"
+    mapping.close()
+
+
+def test_it_cannot_be_pickled_or_copied(mapping: Mapping) -> None:
+    # A copy would not keep the memory, nor know that it was unmapped.
+    for way in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            way(mapping)
+
+
+@pytest.mark.parametrize("seals", [0, F_SEAL_SHRINK])  # through the kernel, and by memcpy
+def test_a_source_cannot_shrink_while_it_is_written(seals: int) -> None:
+    data = bytearray(b"x" * SIZE)
+    refused: list[object] = []
+
+    def written(offset: int, size: int) -> None:
+        try:
+            data.clear()
+        except BufferError as error:
+            refused.append(str(error))
+
+    with MemFd("map", SIZE, seals=seals) as memfd, Mapping(memfd, SIZE, written=written) as mapping:
+        mapping.write(0, data)
+        assert mapping.read(0, SIZE) == b"x" * SIZE
+    assert len(refused) == 2
+    data.clear()
 
 
 # Arguments

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import os
@@ -459,3 +460,22 @@ def test_from_fd_checks() -> None:
             MemFd.from_fd(empty)
     finally:
         os.close(empty)
+
+
+def test_it_cannot_be_pickled_or_copied() -> None:
+    # A copy that is closed would leave the number of a descriptor that is none, or somebody else's.
+    with MemFd("once", PAGE) as memfd:
+        for way in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                way(memfd)
+
+
+def test_a_repr_is_no_error() -> None:
+    memfd = MemFd("shown", PAGE)
+    other = os.dup(memfd.fd)
+    os.close(memfd.fd)
+    assert repr(memfd).endswith("size=?)")
+    os.dup2(other, memfd.fd)
+    os.close(other)
+    assert repr(memfd).endswith("size=0x1000)")
+    memfd.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import mmap
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -513,3 +515,10 @@ def test_mincore_refuses() -> None:
             mincore(hva + 1, PAGE)
         with pytest.raises(ArgumentTypeError):
             mincore(hva, "4096")
+
+
+def test_it_cannot_be_pickled_or_copied() -> None:
+    with PageMap() as pages:
+        for way in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                way(pages)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from hvmodel.errors import ArgumentError, ArgumentTypeError, HostError
+from hvmodel.errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
 from hvmodel.host import MemFd, PassingError, receive_fds, send_fds
+from hvmodel.host.passing import DATA_MAX
 from tests.host.held import nothing_leaks
 
 
@@ -76,13 +77,31 @@ def test_too_many_are_refused_and_closed(pair: tuple[socket.socket, socket.socke
             receive_fds(there, nr_taken)
 
 
-def test_too_many_bytes_of_a_message() -> None:
-    with nothing_leaks():
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with here, there:
-            send_fds(here, [here], b"x" * 11)
-            with pytest.raises(PassingError, match="more than 10 bytes"):
-                receive_fds(there, 1, 10)
+def test_too_many_bytes_of_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    here, there = pair
+    send_fds(here, [here], b"x" * 11)
+    with pytest.raises(PassingError, match="more than 10 bytes"):
+        receive_fds(there, 1, 10)
+
+
+def test_the_longest_message_is_one(pair: tuple[socket.socket, socket.socket]) -> None:
+    here, there = pair
+    message = os.urandom(DATA_MAX)
+    send_fds(here, [here], message)
+    data, (fd,) = receive_fds(there)
+    os.close(fd)
+    assert data == message
+
+
+def test_a_socket_with_little_room(pair: tuple[socket.socket, socket.socket]) -> None:
+    here, there = pair
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # 8192 for the kernel: 4032 bytes in one buffer
+    with pytest.raises(ArgumentError, match="at most 4032, or a socket with a larger SO_SNDBUF"):
+        send_fds(here, [here], b"x" * 4033)
+    send_fds(here, [here], b"x" * 4032)
+    data, (fd,) = receive_fds(there)
+    os.close(fd)
+    assert len(data) == 4032
 
 
 def test_the_other_side_hangs_up(streams: tuple[socket.socket, socket.socket]) -> None:
@@ -102,6 +121,18 @@ def test_nobody_sends(streams: tuple[socket.socket, socket.socket]) -> None:
     with pytest.raises(HostError) as caught:
         receive_fds(streams[0])
     assert caught.value.errno == errno.EAGAIN
+    streams[0].settimeout(0.001)
+    with pytest.raises(HostError) as caught:
+        receive_fds(streams[0])
+    assert caught.value.errno == errno.EAGAIN
+
+    def fill() -> None:
+        for _ in range(1000):  # 1 MB: more than the socket takes
+            send_fds(streams[0], [], b"x" * 1000)
+
+    with pytest.raises(HostError) as caught:
+        fill()
+    assert (caught.value.call, caught.value.errno) == ("sendmsg", errno.EAGAIN)
 
 
 def test_no_room_for_descriptors(streams: tuple[socket.socket, socket.socket]) -> None:
@@ -132,10 +163,10 @@ def test_refused(streams: tuple[socket.socket, socket.socket]) -> None:
     for fds in (["0"], [True], [None], [1.0]):
         with pytest.raises(ArgumentTypeError):
             send_fds(here, fds)
-    for data in (b"", b"x" * 65537):
+    for data in (b"", b"x" * 32769):
         with pytest.raises(ArgumentError, match="len"):
             send_fds(here, [], data)
-    for max_fds, max_data in ((-1, 1), (254, 1), (1, 0), (1, 65537)):
+    for max_fds, max_data in ((-1, 1), (254, 1), (1, 0), (1, 32769)):
         with pytest.raises(ArgumentError):
             receive_fds(there, max_fds, max_data)
     with pytest.raises(ArgumentTypeError):
@@ -144,3 +175,10 @@ def test_refused(streams: tuple[socket.socket, socket.socket]) -> None:
         receive_fds(here.fileno())
     with socket.socket(socket.AF_INET) as inet, pytest.raises(ArgumentError, match="AF_UNIX"):
         send_fds(inet, [])
+    with pytest.raises(ArgumentTypeError, match="fds"):
+        send_fds(here, 5)
+    here.close()
+    with pytest.raises(ClosedError):
+        send_fds(here, [])
+    with pytest.raises(ClosedError):
+        receive_fds(here)

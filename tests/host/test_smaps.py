@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -326,3 +328,13 @@ def test_no_such_process() -> None:
         assert caught.value.errno == errno.ENOENT
     with pytest.raises(ArgumentError, match="pid"):
         account((0, PAGE), pid=-5)
+
+
+def test_an_iterator_that_nobody_begins_leaves_nothing_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of the file
+        for _ in range(3):
+            read_smaps()
+        gc.collect()
+    assert os.listdir("/proc/self/fd") == before

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from hvmodel._ffi import ffi, lib
 from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, ForkedError, HostError, HvError
-from hvmodel.host import F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_WRITE, PROT_READ, Mapping, MemFd, ViewError
+from hvmodel.host import F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_WRITE, PROT_READ, Mapping, MemFd, ViewError, userfaultfd
 from hvmodel.host.faults import Fault, FaultCounts, features
 from hvmodel.host.registered import Registration, _runs
 from hvmodel.host.userfaultfd import UserFaultFd
@@ -731,6 +731,37 @@ def test_a_handler_may_stop_and_unregister(mapping: Mapping, uffd: UserFaultFd) 
     assert uffd.registrations == ()
 
 
+def test_a_handler_that_is_late_is_not_called_again(
+    mapping: Mapping, uffd: UserFaultFd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uffd.register(mapping)
+    go = threading.Event()
+    asked: list[int] = []
+
+    def late(fault: Fault) -> bytes:
+        asked.append(fault.page)
+        go.wait()
+        return bytes(PAGE)
+
+    uffd.serve(late)
+    reader = Waiter(mapping.read, 0, 1)
+    while not asked:
+        time.sleep(0.01)
+    monkeypatch.setattr(userfaultfd, "_JOIN_TIMEOUT", 0.05)
+    with pytest.raises(BusyError, match="has not come back"):
+        uffd.stop()
+    for start in (uffd.serve_native, lambda: uffd.serve(boom)):
+        with pytest.raises(BusyError, match="has not come back"):
+            start()
+    go.set()
+    assert reader.get() == b"\0"
+    monkeypatch.undo()
+    uffd.stop()
+    uffd.serve(lambda fault: b"n" * PAGE)
+    assert [mapping.read(n * PAGE, 1) for n in range(1, SIZE // PAGE)] == [b"n"] * (SIZE // PAGE - 1)
+    assert asked == [0]
+
+
 def test_the_interpreter_ends_with_threads_that_wait() -> None:
     code = """
         import threading, time
@@ -1086,7 +1117,7 @@ CLOSED = {
 
 
 def test_closed_is_said(mapping: Mapping) -> None:
-    public = {name for name in vars(UserFaultFd) if not name.startswith("_")}
+    public = {name for name in dir(UserFaultFd) if not name.startswith("_")}
     assert public - {"close", "closed", "features"} == set(CLOSED)
     uffd = UserFaultFd()
     uffd.register(mapping)
@@ -1121,6 +1152,38 @@ def test_a_child_of_fork_can_only_close(mapping: Mapping, uffd: UserFaultFd) -> 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert mapping.read(PAGE, 8) == b"%08x" % 9  # ours goes on
     uffd.stop()
+
+
+def test_a_page_that_came_after_all_is_not_guarded(mapping: Mapping) -> None:
+    with UserFaultFd(patience=PATIENCE) as uffd:
+        uffd.register(mapping)
+        with pytest.raises(HostError):
+            mapping.read(PAGE, 1)
+        mapping.protect(PAGE, PAGE, PROT_READ) if not GUARDS else mapping.advise("guard_remove")
+        uffd.serve_native()
+        assert mapping.read(PAGE, 1) == b"\0"
+        uffd.unregister(mapping)
+        if GUARDS:
+            mapping.view()
+
+
+@pytest.mark.parametrize("kind", ["mapping", "descriptor"])
+def test_a_child_of_fork_keeps_nothing_of_the_source(mapping: Mapping, memfd: MemFd, kind: str) -> None:
+    with Mapping(None, SIZE) as other, UserFaultFd() as uffd:
+        before = fds().total()
+        uffd.register(mapping)
+        uffd.serve_native(other if kind == "mapping" else memfd.fd)
+        child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                uffd.close()
+                other.close()
+                mapping.close()
+                status = 0 if fds().total() == before - 4 else 2  # the userfaultfd and its three eventfds
+            os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        uffd.unregister(mapping)
 
 
 def test_a_forgotten_one_wakes_who_waits(mapping: Mapping) -> None:

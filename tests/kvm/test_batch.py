@@ -192,6 +192,19 @@ def test_an_access_that_straddles_the_end_is_not_covered(served: Callable[..., t
     assert left == outside
 
 
+def test_an_access_that_lies_in_a_rule_in_part_is_not_ignored(served: Callable[..., tuple[Guest, hv.Batch]]) -> None:
+    accesses = [Access("pio", port, 2, 0) for port in (0x4E, 0x4F, 0x50, 0x51, 0x52)]
+    accesses += [Access("mmio", at, 4, 0) for at in (0xC, 0xD, 0x10, 0x1D, 0x20)]
+    g, batch = served(program(accesses))
+    batch.configure(unclaimed_pio="ignore", unclaimed_mmio="ignore")
+    batch.pio(0x50, 2, write="ignore")
+    batch.mmio(MMIO + 0x10, 0x10, write="ignore")
+    left = []
+    while (exit := g.run()) != hv.Hlt():
+        left.append(exit)
+    assert left == [accesses[n].exit() for n in (1, 3, 6, 8)]
+
+
 def test_string_io_is_served_too(served: Callable[..., tuple[Guest, hv.Batch]]) -> None:
     data = bytes(n * 11 % 253 for n in range(5000))
     g, batch = served(string_io(INSB, 5000))
@@ -755,11 +768,14 @@ def reference(
             and rule.start <= access.address
             and access.address + access.size <= rule.start + rule.size
         ]
-        begins = any(
-            rule.kind == access.kind and rule.start <= access.address < rule.start + rule.size for rule in rules
+        in_part = any(
+            rule.kind == access.kind
+            and rule.start < access.address + access.size
+            and access.address < rule.start + rule.size
+            for rule in rules
         )
         policy: object
-        if begins and not covering:
+        if in_part and not covering:
             policy = "stop"
         elif not covering:
             policy = unclaimed[access.kind]

@@ -58,6 +58,12 @@ def test_private_memory_cannot_be_mapped(vm: Vm) -> None:
         assert kernel.value.errno == errno.ENODEV
 
 
+def test_it_cannot_be_mapped_privately(shared: GuestMemFd) -> None:
+    with pytest.raises(HostError) as caught:
+        Mapping(shared.fd, PAGE, shared=False)
+    assert (caught.value.call, caught.value.errno, caught.value.field) == ("mmap", errno.EINVAL, "shared")
+
+
 def test_what_is_not_shared_is_no_sigbus(kvm: Kvm, vm: Vm) -> None:
     if not kvm.check_extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
         pytest.skip("needs GUEST_MEMFD_FLAG_MMAP, Linux 6.18")

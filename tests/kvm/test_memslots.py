@@ -17,6 +17,7 @@ from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedEr
 from hvmodel.host import Mapping
 from hvmodel.kvm import Kvm, MemSlot, SlotMemory, Vm
 from hvmodel.kvm import slotrules as slotrules_module
+from hvmodel.kvm import vm as vm_module
 from hvmodel.kvm.memslots import _SlotMap
 from hvmodel.kvm.slotrules import SlotLimits, explain_region, guest_size, refusal
 from hvmodel.witness.check_memslots import check_memslots, random_change, set_region
@@ -175,6 +176,48 @@ def test_a_closed_vm_keeps_nothing(kvm: Kvm, memory: Mapping) -> None:
         vm.set_user_memory_region(1, 0, memory)
     memory.close()
     assert memory.closed
+
+
+class _Interrupting:
+    # The library, whose next change of a slot is interrupted before or after it is made.
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def __getattr__(self, name: str) -> Any:
+        return self.set if name == "kvm_set_user_memory_region" else getattr(lib, name)
+
+    def set(self, fd: int, region: Any) -> int:
+        when, self.when = self.when, ""
+        if when == "before":
+            raise KeyboardInterrupt
+        rc = int(lib.kvm_set_user_memory_region(fd, region))
+        if when == "after":
+            raise KeyboardInterrupt
+        return rc
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_change_of_a_slot(vm: Vm, memory: Mapping, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = vm.set_user_memory_region(0, 0, memory, size=PAGE)
+
+    def interrupted(change: Any, *args: Any, **named: Any) -> None:
+        monkeypatch.setattr(vm_module, "lib", _Interrupting(when))
+        with pytest.raises(KeyboardInterrupt):
+            change(*args, **named)
+        monkeypatch.undo()
+
+    interrupted(vm.set_user_memory_region, 1, PAGE, memory, size=PAGE)
+    interrupted(vm.set_user_memory_region, 0, 8 * PAGE, memory, size=PAGE)
+    assert vm.memslots == {0: kept}
+    # The kernel has no slot at one of the new places, and still has the old one.
+    vm.set_user_memory_region(2, PAGE, memory, size=8 * PAGE)
+    vm.delete_memory_region(2)
+    assert refused(vm, 2, 0, memory, size=PAGE) == ("EEXIST", "gpa")
+    interrupted(vm.delete_memory_region, 0)
+    assert vm.memslots == {}
+    vm.set_user_memory_region(2, 0, memory, size=PAGE)
+    vm.delete_memory_region(2)
+    memory.close()  # no pin is left
 
 
 def test_slots_set_by_the_raw_door_are_known(vm: Vm, memory: Mapping) -> None:

@@ -132,6 +132,17 @@ def test_wide_accesses_that_reach_beyond_the_console() -> None:
         assert machine.read(0x4000, 2) == b"\xe9\xff"
 
 
+def test_wide_writes_that_reach_into_the_console_from_below() -> None:
+    need("kvm")
+    code = "baf703 b84241 ef"  # out 0x3f7, ax: the second byte is for port 0x3f8
+    machine, stop = wide(code, unclaimed="open_bus")
+    with machine:
+        assert stop.halted
+        assert machine.console.serial.read() == b"A"
+    with pytest.raises(hv.GuestAccessError, match=r"wrote 4241 to port 0x3f7 \(1 x 2 bytes\)"):
+        wide(code)
+
+
 def test_more_wide_output_than_a_ring_holds() -> None:
     need("kvm")
     # mov cx, 20000; mov dx, 0x3f8; 1: mov al, cl; out dx, ax; loop 1b; then the same in bytes

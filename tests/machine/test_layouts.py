@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import hvmodel as hv
 from hvmodel.errors import ArgumentError, ArgumentTypeError, ClosedError
 from hvmodel.machine import layouts
-from hvmodel.machine.layouts import BlockPlan, Layout, PcLayout, Q35Layout
-from hvmodel.ram import MemoryListener, RamBlock, info_mtree
+from hvmodel.machine.layouts import PAM_READ, PAM_WRITE, BlockPlan, Layout, PcLayout, Q35Layout
+from hvmodel.ram import KvmMemoryListener, MemoryListener, RamBlock, info_mtree
 from hvmodel.witness import run
 from hvmodel.witness.check_layout import (
     CONFIGURATIONS,
@@ -347,6 +350,8 @@ def test_a_plan_has_no_memory() -> None:
             with pytest.raises(ArgumentError, match="without memory"):
                 access()
         assert all(isinstance(block, BlockPlan) for block in pc.blocks)
+        with pytest.raises(ArgumentError, match="without memory"):
+            pc.blocks[0].mapping  # noqa: B018  # which a KvmMemoryListener would put into a memslot
 
 
 def test_cpus_have_their_spaces() -> None:
@@ -452,6 +457,55 @@ def test_random_writes_of_registers() -> None:
                                 assert flat_ranges(parse_mtree(text), name) == view.ranges, done
                     mine = parse_mtree(info_mtree(layout.spaces)).space("memory")
                     assert parse_mtree(text).space("memory") == mine, done
+
+
+# ---- firmware ----
+
+
+@pytest.mark.parametrize(("board", "identity"), [(PcLayout, 0x12378086), (Q35Layout, 0x29C08086)])
+def test_seabios_makes_its_shadow_writable(board: type[Layout], identity: int) -> None:
+    """SeaBIOS on KVM: it looks for the host bridge, jumps to its copy below 4 GiB, writes PAM, and copies itself."""
+    need("kvm", "seabios")
+    image = Path("/usr/share/seabios/bios-256k.bin").read_bytes()
+    address, text, end = 0, b"", time.monotonic() + 60
+    with (
+        board("16M", bios=image) as layout,
+        # Its vCPU, and no RAM but a page that is out of the way.
+        hv.Machine(ram=0x1000, unclaimed="open_bus") as machine,
+    ):
+        machine.memory.root.subregions[0].enabled = False
+        layout.memory.add_listener(KvmMemoryListener(machine.vm, readonly_sections=True))
+        assert layout.pam(0) == 0
+        machine.vcpu.reset()
+        for exit in machine.exits():
+            if isinstance(exit, hv.IoOut):
+                value, at = int.from_bytes(exit.data, "little"), exit.port - 0xCFC
+                if exit.port == 0x402:
+                    text += exit.data
+                elif exit.port == 0xCF8:
+                    address = value
+                elif 0 <= at < 4 and address & 0xFFFF00 == 0:
+                    layout.config_write((address & 0xFC) + at, value, exit.size)
+            elif isinstance(exit, hv.IoIn):
+                at, answer = exit.port - 0xCFC, (1 << 8 * exit.size) - 1
+                if exit.port == 0x402:
+                    answer = 0xE9
+                elif exit.port == 0xCF8:
+                    answer = address
+                elif 0 <= at < 4 and address & 0xFFFF00 == 0:
+                    offset = (address & 0xFC) + at
+                    answer = identity >> 8 * offset if offset < 4 else layout.config_read(offset, exit.size)
+                machine.answer(answer & (1 << 8 * exit.size) - 1)
+            if b"Running on KVM\n" in text or time.monotonic() > end:
+                break
+        assert b"Running on KVM\n" in text, text
+        assert b"Unable to unlock ram" not in text
+        assert [layout.pam(number) for number in range(13)] == [PAM_READ | PAM_WRITE] * 13
+        slot = machine.vm.memslot_at(0xF0000)
+        assert slot is not None
+        assert not slot.readonly
+        assert layout.ram.read(0xFFFF0, 5) == image[-16:-11]  # the jump at the reset vector, now in RAM
+        layout.memory.remove_listener(layout.memory.listeners[0])
 
 
 # ---- the checks ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -254,3 +255,63 @@ def test_a_closed_machine_no_longer_follows_its_spaces(boot: Boot) -> None:
     assert memory.closed
     assert io.closed
     memory.root.add_subregion(1 << 33, MemoryRegion.io("late", 0x10))
+
+
+def test_what_a_region_refuses_reads_as_ones_on_an_open_bus(boot: Boot) -> None:
+    machine = boot("66b80000 0000 66e510 66a30050 e414 a20450 f4".replace(" ", ""), unclaimed="open_bus")
+    machine.io.root.add_subregion(0x10, MemoryRegion.io("write-only", 4, MemoryRegionOps(write=lambda *_: None)))
+    machine.io.root.add_subregion(0x14, MemoryRegion.io("nothing", 1))
+    assert machine.run(10).halted  # in eax, 0x10; mov [0x5000], eax; in al, 0x14; mov [0x5004], al; hlt
+    assert machine.read(0x5000, 5) == b"\xff" * 5
+
+
+@pytest.mark.parametrize("how", ["a rule's callback", "another thread"])
+def test_a_region_that_comes_while_c_serves_an_open_bus_is_asked(boot: Boot, how: str) -> None:
+    machine = boot("e610 e611 ebfc", unclaimed="open_bus")  # out 0x10, al; then out 0x11, al for ever
+    seen = threading.Event()
+
+    def come(*_: int) -> None:
+        late = MemoryRegionOps(write=lambda *_: seen.set() or machine.kick())
+        machine.io.root.add_subregion(0x11, MemoryRegion.io("late", 1, late))
+
+    machine.batch  # noqa: B018  # C serves what no region claims
+    if how == "another thread":
+        timer = threading.Timer(0.1, come)
+        timer.start()
+    else:
+        machine.io.root.add_subregion(0x10, MemoryRegion.io("switch", 1, MemoryRegionOps(write=come)))
+        machine.batch.pio(0x10, 1, write="stop")
+    assert machine.run(10).reason == "interrupted"
+    assert seen.is_set()
+
+
+def test_writes_to_rom_are_nobodys_whatever_its_size(boot: Boot) -> None:
+    # mov byte ptr [1], 0x77 into ROM of a page and a half: the first page is a memslot, the rest is not
+    for at in ("0100", "0110"):
+        machine = boot(AT_90000 + f"c606{at}77 f4", ram="512K")
+        with RamBlock("rom", 2 * PAGE) as rom:
+            shown = MemoryRegion.alias("shown", MemoryRegion.rom("rom", rom), 0, PAGE + PAGE // 2)
+            machine.memory.root.add_subregion(0x90000, shown)
+            with pytest.raises(hv.GuestAccessError, match="wrote 77 to address 0x9"):
+                machine.run(10)
+            assert not any(rom.read(0, 2 * PAGE))
+            machine.close()
+
+
+@pytest.mark.parametrize("unclaimed", ["strict", "open_bus"])
+def test_the_debug_exit_port_comes_before_a_region(boot: Boot, unclaimed: str) -> None:
+    machine = boot("b005 e6f4 f4", unclaimed=unclaimed, debug_exit=0xF4)  # mov al, 5; out 0xf4, al; hlt
+    device = Device("all", 0x10000)
+    machine.io.root.add_subregion(0, device.region)
+    assert machine.run(10).value == 5
+    assert device.seen == []
+
+
+def test_nothing_at_the_end_of_ram_is_refused_whatever_was_asked_before() -> None:
+    with hv.Machine("64K") as machine:
+        for ask in (lambda: machine.read(0, 1), lambda: machine.read(0xFFFF, 1)):
+            for method in (machine.read, machine.view, machine.writable):
+                with pytest.raises(hv.ArgumentError, match="not in RAM"):
+                    method(0x10000, 0)
+            ask()  # which notes the range
+        assert machine.read(0xFFFF, 0) == b""

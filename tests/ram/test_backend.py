@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError
@@ -399,11 +399,12 @@ def test_size_and_backend() -> None:
 
 
 def test_more_than_all_addresses() -> None:
-    for backend in (MemoryBackendRam, MemoryBackendMemfd):
-        for size in (1 << 47, 1 << 50, (1 << 62)):
-            with nothing_leaks(), pytest.raises((ArgumentError, HostError)) as caught:
-                RamBlock("mem", backend=backend(size))
-            assert caught.value.field == "size"
+    with nothing_leaks():
+        for backend in (MemoryBackendRam, MemoryBackendMemfd):
+            for size in (1 << 47, 1 << 50, (1 << 62)):
+                with pytest.raises((ArgumentError, HostError)) as caught:
+                    RamBlock("mem", backend=backend(size))
+                assert caught.value.field == "size"
 
 
 def test_no_descriptor_left() -> None:
@@ -485,7 +486,7 @@ def test_what_qemu_refuses_is_refused_with_the_reason(directory: Path) -> None:
     need("qemu")
     from hvmodel.witness.qemu import Qemu, QemuError
 
-    with Qemu(machine="none") as qemu:
+    with Qemu(machine="none") as qemu, nothing_leaks():
         for cls, arguments, field, words in REFUSED:
             named = {"size": M} | {
                 name: value.replace("DIR", str(directory)) if isinstance(value, str) else value
@@ -493,7 +494,7 @@ def test_what_qemu_refuses_is_refused_with_the_reason(directory: Path) -> None:
             }
             with pytest.raises(QemuError, match=words):
                 qemu.execute("object-add", qom_type=cls.TYPE, id="m", **named)
-            with nothing_leaks(), pytest.raises((ArgumentError, HostError)) as caught:
+            with pytest.raises((ArgumentError, HostError)) as caught:
                 RamBlock("m", backend=cls(**named))
             assert caught.value.field == field, str(caught.value)
 
@@ -566,12 +567,14 @@ anything = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(anything)
 def test_what_is_written_is_read(backend: MemoryBackend) -> None:
     assert MemoryBackend.parse(backend.option()) == backend
     assert type(backend).parse(backend.option()) == backend
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.lists(st.sampled_from(["memory-backend-ram", ",", "=", "id", "size", "1M", "no"])))
 def test_any_text_is_read_or_refused(words: str | list[str]) -> None:
     with contextlib.suppress(ArgumentError):

@@ -383,3 +383,11 @@ def test_any_arguments_work_or_raise_ours(offset: object, size: object, data: ob
         ):
             with contextlib.suppress(ArgumentError, ArgumentTypeError):
                 use()
+
+
+def test_repr_where_the_file_was_closed_by_itself() -> None:
+    with RamBlock("pc.ram", MiB) as block:
+        assert f"fd={block.fd}," in repr(block)
+        assert block.memfd is not None
+        block.memfd.close()
+        assert "fd=-1," in repr(block)

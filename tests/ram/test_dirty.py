@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,3 +79,17 @@ def test_no_mark_is_lost_to_a_take_in_another_thread() -> None:
         thread.join()
         taken.extend(dirty.take())
         assert {page for pages in taken for page in pages} == set(range(PAGES))
+
+
+def test_marks_of_very_much_memory_cost_nothing() -> None:
+    # 1 TiB of RAM: 256 MiB of marks, of which a page or two are touched.
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    dirty = HostDirty(1 << 28)
+    dirty.mark((1 << 40) - 4097, 2)
+    dirty.mark(0, 8192)
+    assert resident() - before < 16 << 20
+    assert dirty.take() == [range(2), range((1 << 28) - 2, (1 << 28))]
+    assert dirty.ranges() == []

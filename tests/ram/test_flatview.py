@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvmodel.errors import ArgumentError, ArgumentTypeError, ClosedError
+from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError
 from hvmodel.ram import flatview
 from hvmodel.ram.address_space import AddressSpace, address_spaces
 from hvmodel.ram.flatview import flatview_root, render
@@ -210,7 +210,7 @@ def test_flatview_roots() -> None:
     system.add_subregion(0x20, io("second", 1))
     assert flatview_root(system) is system  # two of them
     system.subregions[0].enabled = False
-    assert flatview_root(system) is system.subregions[0] if system.subregions[0].enabled else region
+    assert flatview_root(system) is region
     region.enabled = False
     assert flatview_root(system) is None
     assert flatview_root(whole) is None
@@ -480,6 +480,17 @@ def test_a_closed_space() -> None:
             attempt()
     with pytest.raises(ClosedError):
         space.add_listener(MemoryListener())
+
+
+def test_a_space_made_of_changes_that_may_be_refused() -> None:
+    root, region = box("root"), MemoryRegion.io("io", 16)
+    with transaction():
+        AddressSpace(root, "before").close()
+        root.add_subregion(0, region)
+        with pytest.raises(BusyError, match="make the space before or after"):
+            AddressSpace(root, "space")
+    with AddressSpace(root, "space") as space:
+        assert len(space.flatview) == 1
 
 
 def test_a_forgotten_space_is_gone() -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hvmodel._ffi import ffi, lib
 from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, KvmError
 from hvmodel.kvm import Interrupted, Kvm, MemSlot, MmioRead, MmioWrite, Vm
+from hvmodel.kvm import slotchange as slotchange_module
 from hvmodel.kvm import vm as vm_module
 from hvmodel.ram import (
     AddressSpace,
@@ -639,6 +640,59 @@ def test_a_change_that_stops_anywhere_is_put_back(
     change()
     assert shown(vm) == [(2, 0x20, 2, LOG), (0, 0x30, 2, LOG), (1, 0x100, 2, LOG)]
     vm.close()
+    block.close()  # no pin is left
+
+
+def test_a_change_interrupted_while_it_is_told_is_forgotten(
+    vm: Vm,
+    root: MemoryRegion,
+    space: AddressSpace,
+    tree: list[MemoryRegion],
+    listener: KvmMemoryListener,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    touch, before = KvmMemoryListener._touch, vm.memslots
+
+    def interrupted(self: KvmMemoryListener, *args: Any) -> None:
+        touch(self, *args)
+        raise KeyboardInterrupt
+
+    for change in (lambda: root.del_subregion(tree[0]), lambda: setattr(tree[3], "enabled", True)):
+        monkeypatch.setattr(KvmMemoryListener, "_touch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            change()
+        monkeypatch.undo()
+        assert vm.memslots == before
+    tree[2].enabled = False
+    assert shown(vm) == [(0, 0, 2, 0), (1, 0x10, 2, 0)]
+    space.remove_listener(listener)
+    assert vm.memslots == {}
+
+
+def test_a_change_interrupted_when_all_was_made_is_put_back(
+    vm: Vm,
+    root: MemoryRegion,
+    space: AddressSpace,
+    block: RamBlock,
+    tree: list[MemoryRegion],
+    listener: KvmMemoryListener,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unpin, before = slotchange_module._unpin, shown(vm)
+
+    def interrupted(*args: Any) -> None:
+        unpin(*args)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slotchange_module, "_unpin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        root.del_subregion(tree[0])
+    assert tree[0] in root.subregions
+    assert shown(vm) == before
+    assert set(listener.memslots) == set(vm.memslots.values())
+    space.remove_listener(listener)
+    assert vm.memslots == {}
     block.close()  # no pin is left
 
 

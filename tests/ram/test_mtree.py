@@ -292,4 +292,6 @@ def test_a_very_deep_tree() -> None:
 def test_what_is_no_space() -> None:
     with pytest.raises(ArgumentTypeError):
         info_mtree([MemoryRegion.container("system", 1)])  # type: ignore[list-item]
+    with pytest.raises(ArgumentTypeError, match="spaces"):
+        info_mtree(5)  # type: ignore[arg-type]
     assert info_mtree([]) == info_mtree([], flatview=True) == ""

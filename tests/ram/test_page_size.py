@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError
@@ -19,6 +19,7 @@ def test_of_this_host() -> None:
     assert 0x12345 & page.mask == 0x12000
 
 
+@settings(deadline=None)
 @given(st.one_of(st.just(0), powers), powers, powers, st.integers(0, 1 << 40))
 def test_whole_host_pages_are_whole_target_pages(wanted: int, real: int, target: int, length: int) -> None:
     page = page_size_init(wanted, real=real, target=target)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError
@@ -102,6 +102,7 @@ def layouts(draw: st.DrawFn) -> list[tuple[int, int]]:
     return draw(st.permutations(known))
 
 
+@settings(deadline=None)
 @given(layouts(), st.integers(1, 600).map(lambda n: n * 4096))
 def test_the_offset_is_that_of_the_definition(known: list[tuple[int, int]], size: int) -> None:
     offset = find_ram_offset(known, size)
@@ -194,3 +195,8 @@ def test_what_may_not_join() -> None:
                 listed.add(wrong)
         assert listed.blocks == (ram,)
         assert listed.version == 1
+
+
+def test_what_is_no_list_of_blocks() -> None:
+    with pytest.raises(ArgumentTypeError, match="blocks"):
+        RamList(2.5)  # type: ignore[arg-type]

@@ -4,10 +4,13 @@ import os
 
 import pytest
 
-from hvmodel.errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
-from hvmodel.ram import RamBlock
+from hvmodel.errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError
+from hvmodel.kvm import Kvm, Vm
+from hvmodel.ram import AddressSpace, MemoryListener, MemoryRegion, MemoryRegionSection, MemTxError, RamBlock
+from hvmodel.ram.kvm_listener import KvmMemoryListener
 from hvmodel.ram.ramflags import RAM_RESIZEABLE, RAM_SHARED
 from tests.host.held import maps, nothing_leaks
+from tests.need import need
 
 K, M = 1 << 10, 1 << 20
 
@@ -99,3 +102,78 @@ def test_the_file_cannot_be_cut_off(block: RamBlock) -> None:
     for size in (0, 128 * K, 4 * M):
         with pytest.raises(PermissionError):
             os.ftruncate(block.fd, size)
+
+
+def test_only_pages_of_the_guest_are_dirty(block: RamBlock) -> None:
+    block.resize(2 * M)
+    block.take_host_dirty()
+    block.write(M - 1, b"ab")
+    with block.writable(64 * K, 1), block.writable(M + 64 * K, 1), block.writable(124 * K, 8 * K):
+        block.resize(128 * K)
+        assert block.host_dirty() == [range(32)]
+        assert block.take_host_dirty() == [range(32)]
+        assert block.take_host_dirty() == [range(16, 17), range(31, 32)]  # under views; a third one ends behind them
+    block.take_host_dirty()
+    block.resize(2 * M)
+    assert block.take_host_dirty() == [range(512)]
+
+
+def kvm_slots(vm: Vm) -> list[tuple[int, int]]:
+    return [(slot.gpa, slot.size) for slot in vm.memslots.values()]
+
+
+def test_regions_and_slots_follow() -> None:
+    need("kvm")
+    system = MemoryRegion.container("system", 1 << 64)
+    with (
+        nothing_leaks(),
+        RamBlock("tables", 128 * K, max_length=2 * M) as block,
+        Kvm() as kvm,
+        kvm.create_vm() as vm,
+        AddressSpace(system, "memory") as space,
+    ):
+        whole, part = MemoryRegion.ram("whole", block), MemoryRegion.rom("part", block)
+        part.size = 64 * K
+        with pytest.raises(ArgumentError, match="used_length of its block"):
+            whole.size = 129 * K
+        system.add_subregion(16 * M, whole)
+        system.add_subregion(32 * M, part)
+        space.add_listener(KvmMemoryListener(vm))
+        for size, cut in ((2 * M, 64 * K), (4 * K, 4 * K), (128 * K, 128 * K)):
+            block.resize(size)
+            assert (whole.size, part.size) == (size, cut)
+            assert sorted(kvm_slots(vm)) == [(16 * M, size), (32 * M, cut)]
+            space.write(16 * M + size - 4, b"last")
+            with pytest.raises(MemTxError):
+                space.read(16 * M + size, 1)
+
+
+def test_a_resize_that_is_refused_changes_nothing() -> None:
+    class No(MemoryListener):
+        def region_add(self, section: MemoryRegionSection) -> None:
+            if section.size > 128 * K:
+                raise RuntimeError("too large")
+            with pytest.raises(BusyError):
+                tables.resize(M)
+
+    told: list[int] = []
+    system = MemoryRegion.container("system", 1 << 64)
+    with (
+        RamBlock("tables", 128 * K, max_length=2 * M, resized=lambda *args: told.append(args[1])) as tables,
+        AddressSpace(system, "memory") as space,
+    ):
+        whole = MemoryRegion.ram("whole", tables)
+        system.add_subregion(0, whole)
+        space.add_listener(No())
+        with pytest.raises(RuntimeError, match="too large"):
+            tables.resize(M)
+        assert (tables.used_length, whole.size, len(tables.view()), told) == (128 * K, 128 * K, 128 * K, [])
+        system.del_subregion(whole)
+        system.add_subregion((1 << 64) - M, whole)
+        with pytest.raises(ArgumentError, match=r"RamBlock.resize: used_length=.*it begins at"):
+            tables.resize(2 * M)
+        assert (tables.used_length, whole.size, told) == (128 * K, 128 * K, [])
+        del whole
+        system.del_subregion(system.subregions[0])
+        tables.resize(2 * M)  # nobody shows it any more
+        assert told == [2 * M]
