@@ -270,7 +270,7 @@ class World:
                 for region in root.subregions:
                     with contextlib.suppress(HvError, Refusal):
                         root.del_subregion(region)
-        if not hasattr(thing, "close") or (self.rng.random() < 0.1 and not isinstance(thing, Vm | Vcpu | Kvm)):
+        if not hasattr(thing, "close") or (self.rng.random() < 0.1 and not isinstance(thing, Kvm)):
             return  # forgotten: its finalizer closes it
         try:
             thing.close()
@@ -1057,6 +1057,11 @@ class World:
     def end(self) -> None:
         self.calm = True
         self.kept.clear()
+        for space in address_spaces():
+            space.close()
+        self.listeners.clear()  # which have VMs, as have vCPUs and guest_memfds
+        self.vms += [each.vm for each in (*self.vcpus, *self.gmems, *self.stuck) if hasattr(each, "vm")]
+        gc.collect()  # what was forgotten, and may have something else in use
         for space in [*self.spaces, *address_spaces()]:
             space.close()
         pools = (self.uffds, self.vcpus, self.vms, self.gmems, self.machines, self.kvms)

@@ -128,6 +128,10 @@ def members(node: ast.ClassDef) -> dict[str, ast.AST]:
 def field_names(ctype: object) -> list[str]:
     # As Python sees them: those of unnamed members belong to the whole.
     names: list[str] = []
+    try:
+        ffi.sizeof(ctype)  # type: ignore[arg-type]
+    except ffi.error:  # opaque: cffi must not be asked for its fields
+        return names
     for name, field in ctype.fields or ():  # type: ignore[attr-defined]
         names += [name] if name else field_names(field.type)
     return names

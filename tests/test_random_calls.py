@@ -19,7 +19,7 @@ from hvmodel.host import PassingError, ViewError
 from hvmodel.ram import MemTxError
 from tests.cases import cases
 
-NUMBER = cases(5_000, 100_000)
+NUMBER = cases(4_000, 100_000)
 LIMIT = cases(120, 600)  # seconds, for a machine that has much else to do
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 

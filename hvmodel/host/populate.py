@@ -121,11 +121,11 @@ def _spread(
         for _ in range(nr_threads):
             # Each keeps the mapping from being closed, should Ctrl-C come before it is known to have started.
             thread = threading.Thread(target=run, args=(mapping._inside,), name="hvmodel-populate", daemon=True)
+            running.append(thread)  # first, for Ctrl-C may come in `start`
             try:
                 thread.start()
             except RuntimeError:
                 raise HostError(errno.EAGAIN, "pthread_create", "threads", nr_threads, "fewer threads") from None
-            running.append(thread)
         ended = 0
         while ended < nr_threads:
             answer = answers.get()

@@ -97,6 +97,12 @@ class Vm(Handle):
         for slot in list(self._pinned):
             self._release(slot)
 
+    # Of one that nobody closed: its finalizer closes the fd, and what was in its slots is let go of here, for else it
+    # could never be closed.
+    def __del__(self) -> None:
+        for keep, why in getattr(self, "_pinned", {}).values():
+            _unpin(keep, why)
+
     def ioctl(self, name: str, arg: Any = None) -> int:
         """As Handle.ioctl.  A memslot that is set in this way is noted in `memslots`, and pins no memory."""
         if name not in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):

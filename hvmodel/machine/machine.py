@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .._native import kvm_cpuid2
     from ..host.mapping import Writable
     from ..kvm.exits import Exit
+    from ..ram.backend import MemoryBackend
     from ..ram.flatview import FlatView, Row
     from .cpu import Location
 
@@ -124,7 +125,8 @@ class Machine:
     """A virtual machine with RAM and one vCPU, and nothing else: no devices, no interrupt controller.
 
     `ram`: size in bytes, or text such as "16M"; whole pages; one RamBlock "pc.ram" (a memfd sealed against GROW and
-    SHRINK) at gpa 0, what exceeds 3 GiB from 4 GiB on.
+    SHRINK) at gpa 0, what exceeds 3 GiB from 4 GiB on.  Or a memory backend (hvmodel.ram.MemoryBackendMemfd, …), of
+    which the block is made; or a RamBlock, which stays yours.
 
     `memory` and `io` are its address spaces (hvmodel.ram.AddressSpace).  A region that is put into
     `memory.root` or `io.root` is there for the guest at once: ram and rom as memslots, io by its callbacks, which are
@@ -148,7 +150,7 @@ class Machine:
 
     def __init__(
         self,
-        ram: int | str = "16M",
+        ram: int | str | MemoryBackend | RamBlock = "16M",
         *,
         unclaimed: Literal["strict", "open_bus"] = "strict",
         debug_exit: int | None = None,
@@ -163,7 +165,17 @@ class Machine:
                 raise ArgumentError("Machine", "debug_exit", debug_exit, "a port, 0 to 0xffff")
         if kvm is not None and not isinstance(kvm, Kvm):
             raise ArgumentTypeError("Machine", "kvm", kvm, "a Kvm or None")
-        size = ram_size(ram, "Machine", "ram")
+        backend, size = None, 0
+        if isinstance(ram, RamBlock):
+            size = ram.used_length
+        elif isinstance(ram, Value):
+            from ..ram.backend import MemoryBackend
+
+            if not isinstance(ram, MemoryBackend):
+                raise ArgumentTypeError("Machine", "ram", ram, "a size, a memory backend or a RamBlock")
+            backend = ram
+        else:
+            size = ram_size(ram, "Machine", "ram")
         self.unclaimed = unclaimed
         self.debug_exit = debug_exit
         self._closed = False
@@ -178,7 +190,11 @@ class Machine:
             self.kvm = kvm if kvm is not None else self._own(Kvm())
             self.vm = self.kvm.create_vm()
             # The VM is closed before the memory in its slots is unmapped.
-            self.ram: RamBlock = self._own(RamBlock("pc.ram", size))
+            self.ram: RamBlock
+            if isinstance(ram, RamBlock):
+                self.ram = ram
+            else:
+                self.ram = self._own(RamBlock("pc.ram", size or None, backend=backend))
             self.memory: AddressSpace = self._own(AddressSpace(_ram_layout(self.ram), "memory"))
             # By the last `_find`: the view, start and end of a range, its block, what its offset is more than the gpa.
             self._found: tuple[FlatView | None, int, int, RamBlock, int] = (None, 0, 0, self.ram, 0)
@@ -215,6 +231,9 @@ class Machine:
     def closed(self) -> bool:
         """Whether close() was called."""
         return self._closed
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns a virtual machine of this process")
 
     def __enter__(self) -> Self:
         return self

@@ -217,6 +217,9 @@ class AddressSpace:
             self._view = _EMPTY
             _spaces.pop(self._serial, None)
 
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it is one of this process")
+
     def __enter__(self) -> Self:
         return self
 

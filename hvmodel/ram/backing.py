@@ -151,6 +151,9 @@ class BackingFile:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns a file descriptor of this process")
+
     def __enter__(self) -> Self:
         return self
 

@@ -15,7 +15,7 @@ import os
 
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError
 from ..host.mapping import PROT_READ, PROT_WRITE, Mapping, index
-from ..host.memfd import F_SEAL_GROW, F_SEAL_SHRINK, MemFd, file_name, page_multiple
+from ..host.memfd import F_SEAL_FUTURE_WRITE, F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_WRITE, MemFd, file_name, page_multiple
 from ..units import PAGE_SIZE, Hva, MiB
 from .dirty import HostDirty, merge, pages_of
 from .ramflags import RAM_READONLY, RAM_RESIZEABLE, RAM_SHARED, flag_names
@@ -183,7 +183,8 @@ class RamBlock:
         `fd` stays the caller's: the block has a descriptor of its own.  `size` None is all the rest of the file.
         `readonly` maps it without PROT_WRITE.  The file is trusted as far as its `seals` go, which must all be there:
         with SHRINK nobody can take memory away (touching it would be SIGBUS); see docs/ram.md about who must not be
-        trusted.
+        trusted.  Huge pages can be taken away all the same, by a hole: there are no views of them, but for a file
+        sealed with WRITE or FUTURE_WRITE.
 
         `host_dirty` knows what this process writes, not what the other does.
 
@@ -215,6 +216,9 @@ class RamBlock:
             memfd.close()
             raise
         block._map(memfd, start, PROT_READ if readonly else PROT_READ | PROT_WRITE)
+        # The reservation of a huge page goes with it (hugetlb_unreserve_pages, fs/hugetlbfs/inode.c@v6.18).
+        if memfd.hugetlb and not memfd.seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE):
+            block._mapping._forbid(0, length, "others can punch holes in its huge pages")
         return block
 
     @property
@@ -453,6 +457,9 @@ class RamBlock:
             self._list.remove(self)
         if self._file is not None:
             self._file.close()
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it owns a file and its mapping")
 
     def __enter__(self) -> Self:
         return self

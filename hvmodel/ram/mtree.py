@@ -67,7 +67,7 @@ def _trees(spaces: list[AddressSpace], disabled: bool, owner: bool) -> list[str]
     text: list[str] = []
     targets: dict[MemoryRegion, None] = {}  # of aliases, in the order in which they were met
     for root, names in by_root.items():
-        text += [f"address-space: {name}\n" for name in sorted(names, key=str.encode)]
+        text += [f"address-space: {name}\n" for name in sorted(names, key=_bytes)]
         text += _tree(root, disabled, owner, targets)
         text.append("\n")
     done = 0
@@ -109,6 +109,11 @@ def _tree(root: MemoryRegion, disabled: bool, owner: bool, targets: dict[MemoryR
         children = sorted(region.subregions, key=lambda child: (child.addr, -child.priority))
         todo += [(child, level + 1, start) for child in reversed(children)]
     return text
+
+
+# What strcmp compares; a name is any text, which may have no encoding.
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogatepass")
 
 
 def _last(start: int, size: int) -> int:

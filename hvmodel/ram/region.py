@@ -539,6 +539,9 @@ does not contain this one, nor is it, also not by aliases
             mask = self._dirty_log_mask & ~(1 << client) | log << client
             self._set("_dirty_log_mask", mask)
 
+    def __reduce__(self) -> str:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it is a node of a tree")
+
     def __repr__(self) -> str:
         if self._alias is not None:
             what = f"alias of {self._alias._name}"

@@ -51,10 +51,11 @@ def _needs():
     yield
     for _ in range(1000):  # a thread leaves /proc a little after it was joined
         after = fds(), len(os.listdir("/proc/self/task"))
-        if after == before:
+        if after[0] == before[0] and after[1] <= before[1]:  # fewer, where a thread of the test before was leaving
             break
         time.sleep(0.01)
-    assert after == before
+    assert after[0] == before[0]
+    assert after[1] <= before[1]
     assert not maps("uffd")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -555,3 +556,16 @@ def test_the_check_sees_a_rule_that_is_missing(rule: str, monkeypatch: pytest.Mo
     wrong = Tally("slots", "kernel")
     check_memslots(wrong, 1500)
     assert wrong.mismatches > 0
+
+
+def test_a_forgotten_vm_lets_go_of_its_memory() -> None:
+    need("kvm")
+    with Kvm() as kvm, Mapping(None, "64K") as mapping:
+        vms = [kvm.create_vm()]
+        vms[0].set_user_memory_region(0, 0, mapping)
+        with pytest.raises(BusyError, match="memslot 0"):
+            mapping.close()
+        with pytest.warns(ResourceWarning, match="unclosed Vm"):
+            vms.clear(), gc.collect()
+        mapping.close()
+        assert mapping.closed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import hvmodel as hv
-from hvmodel.ram import MemoryRegion, MemoryRegionOps, RamBlock, transaction
+from hvmodel.ram import MemoryBackendMemfd, MemoryRegion, MemoryRegionOps, RamBlock, transaction
 
 Boot = Callable[..., hv.Machine]
 
@@ -315,3 +315,31 @@ def test_nothing_at_the_end_of_ram_is_refused_whatever_was_asked_before() -> Non
                     method(0x10000, 0)
             ask()  # which notes the range
         assert machine.read(0xFFFF, 0) == b""
+
+
+def test_ram_by_a_backend_or_as_a_block_of_ones_own(boot: Boot) -> None:
+    code = bytes.fromhex("c60600507f f4")  # mov byte ptr [0x5000], 0x7f; hlt
+    with boot(code, ram=MemoryBackendMemfd("1M", share=False, seal=False)) as machine:
+        assert machine.run(10).halted
+        assert machine.read(0x5000, 1) == b"\x7f"
+        assert not machine.ram.mapping.shared
+        assert machine.ram.idstr == "pc.ram"
+    assert machine.ram.closed
+    with RamBlock("mine", "1M") as block:
+        with boot(code, ram=block) as machine:
+            assert machine.ram is block
+            assert machine.run(10).halted
+            with pytest.raises(hv.BusyError):
+                block.close()
+        assert not block.closed
+        assert block.read(0x5000, 1) == b"\x7f"
+    with pytest.raises(hv.ClosedError):
+        hv.Machine(ram=block)
+
+
+def test_what_is_no_ram_is_refused() -> None:
+    for ram in (hv.Hlt(), None, 1.5, True, b"1M"):
+        with pytest.raises(hv.ArgumentTypeError, match=r"Machine: ram: expected"):
+            hv.Machine(ram=ram)  # type: ignore[arg-type]
+    with pytest.raises(hv.ArgumentError, match="size"):
+        hv.Machine(ram=MemoryBackendMemfd(0))

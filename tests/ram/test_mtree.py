@@ -295,3 +295,8 @@ def test_what_is_no_space() -> None:
     with pytest.raises(ArgumentTypeError, match="spaces"):
         info_mtree(5)  # type: ignore[arg-type]
     assert info_mtree([]) == info_mtree([], flatview=True) == ""
+
+
+def test_a_name_without_an_encoding() -> None:
+    with AddressSpace(MemoryRegion.container("system", 1), "\ud800") as space:
+        assert info_mtree([space]).startswith("address-space: \ud800\n")

@@ -266,6 +266,22 @@ def test_from_fd() -> None:
         assert os.pread(block.fd, 1, 128 << 10) == b"x"
 
 
+@pytest.mark.parametrize("seals", [0, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE])
+def test_huge_pages_that_others_can_take_away(seals: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemFd, "hugetlb", True)  # a host without a pool cannot map real ones
+    with nothing_leaks(), sealed() as memfd:
+        os.pwrite(memfd.fd, b"huge", 0)
+        if seals:
+            memfd.add_seals(seals)
+        with RamBlock.from_fd("ram", memfd.fd, readonly=True) as block:
+            assert block.read(0, 4) == b"huge"
+            if seals:
+                assert block.view(0, 4) == b"huge"
+            else:
+                with pytest.raises(ViewError, match="punch holes"):
+                    block.view(0, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
