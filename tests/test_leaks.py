@@ -156,7 +156,7 @@ WHERE = {
     # what fails: the object and its attribute
     "open": (machine_module, "Kvm"),
     "vm": (hv.Kvm, "create_vm"),
-    "ram": (machine_module, "RamBlock"),
+    "ram": (hv.RamBlock, "__init__"),
     "identity map": (hv.Vm, "set_identity_map_addr"),
     "tss": (hv.Vm, "set_tss_addr"),
     "slot": (hv.Vm, "change_memory_regions"),
