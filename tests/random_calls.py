@@ -1119,6 +1119,7 @@ def main(seed: int, number: int, limit: float, directories: list[str]) -> None:
     failed: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     spent: Counter[str] = Counter()
+    slowest: Counter[str] = Counter()
     undocumented: dict[str, str] = {}
     calls = 0
     while calls < number:
@@ -1151,7 +1152,9 @@ def main(seed: int, number: int, limit: float, directories: list[str]) -> None:
             failed[name] += 1
             undocumented.setdefault(f"{name}: {type(error).__name__}: {str(error)[:60]}", traceback.format_exc())
         finally:
-            spent[name] += int((time.perf_counter() - began) * 1e6)
+            took = int((time.perf_counter() - began) * 1e6)
+            spent[name] += took
+            slowest[name] = max(slowest[name], took)
         calls += 1
         world.touch()
         if rng.random() < 0.02:
@@ -1186,6 +1189,7 @@ def main(seed: int, number: int, limit: float, directories: list[str]) -> None:
         "errors": errors,
         "undocumented": undocumented,
         "left": left,
+        "slowest": {name: us // 1000 for name, us in slowest.most_common(6)},
         "milliseconds": {name: us // 1000 for name, us in spent.most_common(12)},
     }
     print(json.dumps(outcome))
