@@ -63,13 +63,18 @@ def _check(row: object) -> tuple[Any, int]:
     return mapping, hva
 
 
+_LEAST_SLOTS = 32  # of every KVM: what QEMU takes where KVM_CAP_NR_MEMSLOTS is 0
+
+
 def _free_ids(vm: Vm, slots: dict[int, MemSlot], space: int, count: int) -> list[int]:
     # The first ids of the address space that no slot has.
     from .._ffi import lib
 
     ids: list[int] = []
-    slot, nr_slots = 0, max(vm._extension(lib.KVM_CAP_NR_MEMSLOTS), 1) if count else 0
+    slot, nr_slots = 0, _LEAST_SLOTS
     while len(ids) < count:
+        if slot == _LEAST_SLOTS:
+            nr_slots = max(vm._extension(lib.KVM_CAP_NR_MEMSLOTS), _LEAST_SLOTS)
         if slot == nr_slots:
             detail = f"{len(slots)} slots stay, and {count} are to be made"
             raise ArgumentError(_CALL, "add", count, f"up to {nr_slots} slots in an address space", detail)

@@ -89,15 +89,14 @@ class KvmMemoryListener(MemoryListener):
         call = "KvmMemoryListener"
         if not isinstance(vm, Vm):
             raise ArgumentTypeError(call, "vm", vm, "a Vm")
-        spaces = max(vm.check_extension(lib.KVM_CAP_MULTI_ADDRESS_SPACE), 1)
         if isinstance(address_space_id, bool) or not isinstance(address_space_id, int):
             raise ArgumentTypeError(call, "address_space_id", address_space_id, "an int")
+        spaces = max(vm.check_extension(lib.KVM_CAP_MULTI_ADDRESS_SPACE), 1) if address_space_id else 1
         if not 0 <= address_space_id < spaces:
             detail = f"KVM_CAP_MULTI_ADDRESS_SPACE is {spaces}"
             raise ArgumentError(call, "address_space_id", address_space_id, f"below {spaces}", detail)
         self.vm, self.address_space_id = vm, address_space_id
         self._readonly_sections, self._take_log = bool(readonly_sections), take_log
-        self._has_readonly = vm.check_extension(lib.KVM_CAP_READONLY_MEM) > 0
         self._space: AddressSpace | None = None
         self._sections: dict[Key, MemoryRegionSection] = {}  # as told, of those that can have a slot
         self._slots: dict[Key, MemSlot] = {}  # as made, by us
@@ -232,7 +231,7 @@ class KvmMemoryListener(MemoryListener):
         # What the slot of a section is made of, or None where it has none.
         region = section.region
         romd = region.is_rom_device and section.romd
-        if not (region.is_ram or (romd and self._has_readonly)):
+        if not (region.is_ram or (romd and self._has_readonly())):
             return None
         gpa, size = align_section(section.offset_within_address_space, section.size)
         block = region.block
@@ -241,10 +240,13 @@ class KvmMemoryListener(MemoryListener):
         flags = _LOG_DIRTY if region.dirty_log_mask else 0
         # What is read-only itself shows read-only too.
         readonly = romd or (section.readonly and (self._readonly_sections or region.readonly))
-        if readonly and self._has_readonly:
+        if readonly and self._has_readonly():
             flags |= _READONLY
         offset = section.offset_within_region + gpa - section.offset_within_address_space
         return SlotMemory(gpa, block.mapping, offset, size, flags)
+
+    def _has_readonly(self) -> bool:
+        return self.vm.check_extension(lib.KVM_CAP_READONLY_MEM) > 0
 
     def _take_logs(self, slots: list[MemSlot]) -> None:
         for slot in slots if self._take_log is not None else ():

@@ -700,6 +700,7 @@ def test_more_slots_than_the_kernel_has(
     vm: Vm, tree: list[MemoryRegion], block: RamBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Vm, "_extension", lambda _self, _cap: 3)
+    monkeypatch.setattr(slotchange_module, "_LEAST_SLOTS", 3)
     before = vm.memslots
     with pytest.raises(ArgumentError, match="up to 3 slots in an address space") as error:
         tree[3].enabled = True
