@@ -4,7 +4,7 @@ Names are imported when first used, so that `import hvmodel` costs next to nothi
 there is neither /dev/kvm nor the compiled extension.
 
     errors, units, value   what can go wrong; sizes and pages; frozen values
-    host, ram              memfd, mappings; RAM blocks
+    host, ram              memfd, mappings, page faults; RAM blocks, memory regions, address spaces
     kvm                    the binding: Kvm, Vm, Vcpu, Device, typed exits, batches
     machine                Machine
     witness                what the kernel says of what we say
@@ -48,7 +48,7 @@ _HOMES = {
         "Unknown",
         "WrMsr",
     ),
-    "hvmodel.ram": ("RamBlock",),
+    "hvmodel.ram": ("AddressSpace", "MemoryRegion", "MemoryRegionOps", "RamBlock"),
     "hvmodel.host": ("Mapping", "MemFd"),
     "hvmodel.errors": (
         "ArgumentError",

@@ -54,6 +54,9 @@ from .machine import Console as Console
 from .machine import Cpu as Cpu
 from .machine import Machine as Machine
 from .machine import Stop as Stop
+from .ram import AddressSpace as AddressSpace
+from .ram import MemoryRegion as MemoryRegion
+from .ram import MemoryRegionOps as MemoryRegionOps
 from .ram import RamBlock as RamBlock
 from .units import GiB as GiB
 from .units import KiB as KiB
