@@ -39,6 +39,8 @@ def change(
     """What `Vm.change_memory_regions` does."""
     fd = vm.fd
     _uint(_CALL, "address_space", space, 16)
+    if done is not None and not callable(done):
+        raise ArgumentTypeError(_CALL, "done", done, "None, or a callable (list of MemSlot)")
     backings = [_check(row) for row in add]
     with vm._slot_lock:
         slots = dict(vm._slots.slots)

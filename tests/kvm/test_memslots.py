@@ -569,3 +569,8 @@ def test_a_forgotten_vm_lets_go_of_its_memory() -> None:
             vms.clear(), gc.collect()
         mapping.close()
         assert mapping.closed
+
+
+def test_what_is_to_be_called_at_the_end_of_a_change_must_be_callable(vm: Vm) -> None:
+    with pytest.raises(ArgumentTypeError, match="done: expected None, or a callable"):
+        vm.change_memory_regions(done=1)  # type: ignore[arg-type]
