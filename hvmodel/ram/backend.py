@@ -36,7 +36,7 @@ from ..host.mapping import PROT_READ, PROT_WRITE, Mapping, index
 from ..host.memfd import F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, MemFd, page_multiple
 from ..units import PAGE_SIZE, MiB, parse_size
 from ..value import Value
-from .backing import BackingFile
+from .backing import BackingFile, check_path
 from .options import join, split, to_bool, to_nodes, to_number, to_size
 from .ramflags import RAM_NAMED_FILE, RAM_NORESERVE, RAM_PMEM, RAM_READONLY, RAM_READONLY_FD, RAM_SHARED
 
@@ -342,10 +342,7 @@ class MemoryBackendFile(MemoryBackend):
     ) -> None:
         call = type(self).__name__
         named = dict(locals())
-        if not isinstance(mem_path, str):
-            raise ArgumentTypeError(call, "mem_path", mem_path, "a str")
-        if not mem_path or "\0" in mem_path:
-            raise ArgumentError(call, "mem_path", mem_path, "a path, not empty and without NUL")
+        check_path(mem_path, call, "mem_path")
         named["align"] = alignment = parse_size(align, call, "align")
         if alignment % PAGE_SIZE:
             detail = f"alignment {alignment:#x} must be multiples of page size {PAGE_SIZE:#x}"

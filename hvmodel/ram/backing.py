@@ -21,14 +21,14 @@ import os
 import stat
 from weakref import finalize
 
-from ..errors import ArgumentError, ClosedError, HostError
+from ..errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
 from ..host.memfd import fd_page_size, fd_what
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["BackingFile"]
+__all__ = ["BackingFile", "check_path"]
 
 _ACCEPTED = "a regular file, a name for a new one, or a directory"
 _KINDS = {
@@ -46,6 +46,18 @@ def _leaked(fd: int, path: str) -> None:
 
     os.close(fd)
     warnings.warn(f"unclosed BackingFile({path!r}, fd={fd})", ResourceWarning, stacklevel=2)
+
+
+def check_path(path: str, call: str, field: str) -> None:
+    """That `path` can be a path; ArgumentError and ArgumentTypeError, naming `call` and `field`, where it cannot."""
+    if not isinstance(path, str):
+        raise ArgumentTypeError(call, field, path, "a str")
+    if not path or "\0" in path:
+        raise ArgumentError(call, field, path, "a path, not empty and without NUL")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ArgumentError(call, field, path, "a path", "it has no encoding as a file name") from None
 
 
 class BackingFile:
@@ -73,6 +85,7 @@ class BackingFile:
         call: str = "BackingFile",
     ) -> None:
         self._fd = -1
+        check_path(path, call, "path")
         fd, self._created = _open(path, readonly, name)
         try:
             status = os.fstat(fd)

@@ -677,3 +677,11 @@ def test_no_warning_at_all(directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RamBlock("mem", backend=MemoryBackendFile("1M", str(directory / "long"), pmem=True)).close()
+
+
+@pytest.mark.parametrize("path", ["\ud800", "a\0b", ""])
+def test_a_text_that_is_no_path_is_refused(path: str) -> None:
+    with pytest.raises(ArgumentError, match="mem_path"):
+        MemoryBackendFile("4K", path)
+    with pytest.raises(ArgumentError, match="path"):
+        BackingFile(path, 4096)
