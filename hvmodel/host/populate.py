@@ -106,9 +106,13 @@ def _spread(
 
     answers: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
     stop: list[bool] = []
+    # A thread that starts maps its stack, and would wait for the first one's system call to end: none begins before
+    # all are there.
+    begin = threading.Event()
 
     def run(_: object) -> None:
         try:
+            begin.wait()
             for start in pieces:
                 if stop:
                     break
@@ -126,6 +130,7 @@ def _spread(
                 thread.start()
             except RuntimeError:
                 raise HostError(errno.EAGAIN, "pthread_create", "threads", nr_threads, "fewer threads") from None
+        begin.set()
         ended = 0
         while ended < nr_threads:
             answer = answers.get()
@@ -135,6 +140,7 @@ def _spread(
                 yield answer
     finally:
         stop.append(True)
+        begin.set()
         _join(running)
 
 
