@@ -416,9 +416,10 @@ class UserFaultFd(Answers):
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         try:
             self.close()
-        except Exception:
+        except Exception as more:
             if error is None:
-                raise  # the body's own error says more
+                raise
+            error.add_note(f"and at the end of the `with`: {type(more).__name__}: {more}")  # the body's own comes first
 
     def __repr__(self) -> str:
         state = self._state

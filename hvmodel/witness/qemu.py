@@ -145,7 +145,9 @@ class Qemu:
         self._received = b""
         self._events: list[str | None] = []
         setpriv = shutil.which("setpriv")
-        words = [*((setpriv, "--pdeathsig", "KILL") if setpriv else ()), *prefix, binary, *_STOPPED]
+        # The prefix dies with us, and what it has forked with the prefix.
+        dies = (setpriv, "--pdeathsig", "KILL") if setpriv else ()
+        words = [*dies, *prefix, *(dies if prefix else ()), binary, *_STOPPED]
         words += ["-accel", accel, "-machine", machine, *options]
         self._call = " ".join([BINARY, "-machine", machine, *options])
         process, ours, errors = _start(words)

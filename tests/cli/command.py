@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::
 def hvmodel(*arguments: object, input: bytes = b"", cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run the command; stdin is `input`."""
     words = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(words, input=input, capture_output=True, env=ENVIRONMENT, cwd=cwd, check=False, timeout=60)
+    return subprocess.run(words, input=input, capture_output=True, env=ENVIRONMENT, cwd=cwd, check=False, timeout=300)
 
 
 @contextlib.contextmanager
@@ -94,4 +94,4 @@ def in_namespace(script: str, *arguments: object) -> subprocess.CompletedProcess
     if probe.returncode:
         pytest.skip(f"needs a mount namespace with device nodes: {probe.stderr.decode().strip()}")
     words = ["unshare", "-m", "sh", "-c", script, "sh", *COMMAND, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, env=ENVIRONMENT, check=False, timeout=60)
+    return subprocess.run(words, capture_output=True, env=ENVIRONMENT, check=False, timeout=300)
