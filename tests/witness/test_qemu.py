@@ -217,6 +217,20 @@ def test_it_ends_with_its_maker() -> None:
         wait_until_gone(int(done.stdout))
 
 
+def test_under_a_prefix_it_ends_with_its_maker(tmp_path: Path) -> None:
+    need("qemu", "strace")
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs util-linux's setpriv")
+    code = (
+        "import os, signal, subprocess; from hvmodel.witness import Qemu; "
+        f"q = Qemu('-m', '16M', prefix=['strace', '-f', '-o', {str(tmp_path / 'trace')!r}]); "
+        "print(*open(f'/proc/{q.pid}/task/{q.pid}/children'), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
+    for pid in done.stdout.split() or [b"none"]:
+        wait_until_gone(int(pid))
+
+
 def test_a_child_of_fork_leaves_it_alone() -> None:
     need("qemu")
     with Qemu("-m", "16M") as qemu:
