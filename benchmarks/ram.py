@@ -292,7 +292,7 @@ def _fills_of(lib: ctypes.CDLL, pace: Pace, kind: Kind, size: int, data: memoryv
         found.lacks[f"fill in {kind.name}, pwrite"] = (
             "hugetlbfs has no write()" if kind.flags == HUGETLB else "it has no file"
         )
-    full = _fill_turns(lib, replace(pace, turns=1), kind, size, methods, data, FILL_BAR)
+    full = _fill_turns(lib, replace(pace, turns=1 if pace.short else 3), kind, size, methods, data, FILL_BAR)
     points: dict[str, dict[int, Result]] = {method.name: {size: full[method.name]} for method in methods}
     found.results.extend(full.values())
     if kind.flags == HUGETLB:
