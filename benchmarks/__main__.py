@@ -23,6 +23,8 @@ NAMES = {
     "kick": "kick",
     "lifecycle": "lifecycle",
     "ram": "ram",
+    "state": "state",
+    "sync": "sync",
 }
 PLOTTED = ("ram",)
 

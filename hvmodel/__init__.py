@@ -4,17 +4,25 @@ Names are imported when first used, so that `import hvmodel` costs next to nothi
 there is neither /dev/kvm nor the compiled extension.
 
     errors, units, value   what can go wrong; sizes and pages; frozen values
+    arch                   words of the architecture: registers, descriptors, page tables, exceptions; pure
     host, ram              memfd, mappings, page faults; RAM blocks, memory regions, address spaces
     kvm                    the binding: Kvm, Vm, Vcpu, Device, typed exits, batches
+    state                  the state of a vCPU and a VM, part by part
     machine                Machine
     witness                what the kernel says of what we say
 """
 
 from __future__ import annotations
 
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
 __version__ = "0.1.0"
 
-_FLOORS = ("cli", "errors", "host", "kvm", "machine", "ram", "units", "value", "witness")
+_FLOORS = ("arch", "cli", "errors", "host", "kvm", "machine", "ram", "state", "units", "value", "witness")
 _HOMES = {
     "hvmodel.machine": ("Console", "Cpu", "Machine", "Stop"),
     "hvmodel.kvm": (
@@ -55,6 +63,7 @@ _HOMES = {
         "ArgumentTypeError",
         "BuildError",
         "BusyError",
+        "ChangedStateError",
         "ClosedError",
         "ForkedError",
         "GuestAccessError",
@@ -62,7 +71,9 @@ _HOMES = {
         "HvError",
         "KvmError",
         "PartialError",
+        "RefusedStateError",
         "UnansweredError",
+        "UnqualifiedError",
         "UnsupportedError",
         "VmDeadError",
     ),
@@ -73,15 +84,19 @@ _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_FLOORS, *_WHERE]
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
+def _import(module: str) -> ModuleType:
+    # As importlib.import_module, whose own import takes a millisecond.
+    __import__(module)
+    return sys.modules[module]
 
+
+def __getattr__(name: str) -> object:
     if name in _FLOORS:
-        return import_module(f"{__name__}.{name}")
+        return _import(f"{__name__}.{name}")
     home = _WHERE.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(home), name)
+    value = globals()[name] = getattr(_import(home), name)
     return value
 
 

@@ -1,9 +1,11 @@
+from . import arch as arch
 from . import cli as cli
 from . import errors as errors
 from . import host as host
 from . import kvm as kvm
 from . import machine as machine
 from . import ram as ram
+from . import state as state
 from . import units as units
 from . import value as value
 from . import witness as witness
@@ -11,6 +13,7 @@ from .errors import ArgumentError as ArgumentError
 from .errors import ArgumentTypeError as ArgumentTypeError
 from .errors import BuildError as BuildError
 from .errors import BusyError as BusyError
+from .errors import ChangedStateError as ChangedStateError
 from .errors import ClosedError as ClosedError
 from .errors import ForkedError as ForkedError
 from .errors import GuestAccessError as GuestAccessError
@@ -18,7 +21,9 @@ from .errors import HostError as HostError
 from .errors import HvError as HvError
 from .errors import KvmError as KvmError
 from .errors import PartialError as PartialError
+from .errors import RefusedStateError as RefusedStateError
 from .errors import UnansweredError as UnansweredError
+from .errors import UnqualifiedError as UnqualifiedError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import VmDeadError as VmDeadError
 from .host import Mapping as Mapping

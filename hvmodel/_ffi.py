@@ -23,10 +23,18 @@ if TYPE_CHECKING:
     from ._native import Lib
 
     class Run(Protocol):
-        """The functions of native/pyrun.c."""
+        """What native/pyrun.c has."""
+
+        Registers: type
 
         def install(self, cls: type, docs: dict[str, str], /) -> None:
             """Give class Vcpu its methods run(), run_until() and kick(), with these docstrings."""
+
+        def install_registers(self, cls: type, docs: dict[str, str], /) -> None:
+            """Give class Cpu rax to rflags, regs and sregs, with these docstrings."""
+
+        def install_values(self, regs: type, sregs: type, /) -> None:
+            """The classes of Cpu.regs and Cpu.sregs."""
 
         def forget_mmio(self) -> None:
             """The memslots of a VM have changed."""
@@ -78,15 +86,15 @@ def guests() -> dict[str, bytes]:
     }
 
 
-def _load_run(path: str) -> Run:
-    # The library holds a second module, native/pyrun.c; the import system goes by file names, so it is told.
-    from importlib.machinery import ExtensionFileLoader, ModuleSpec
-
-    name = f"{__package__}._run"
-    loader = ExtensionFileLoader(name, path)
-    module: Any = loader.create_module(ModuleSpec(name, loader, origin=path))
+def _load(name: str) -> Any:
+    # The library holds further modules (native/pyrun.c: _run, native/pystate.c: _state); the import system goes by file
+    # names, so it is told.  Its classes come from the first module: to import importlib takes a millisecond.
+    native: Any = sys.modules[f"{__package__}._native"]
+    loader = type(native.__loader__)(f"{__package__}.{name}", native.__file__)
+    spec = type(native.__spec__)(f"{__package__}.{name}", loader, origin=native.__file__)
+    module: Any = loader.create_module(spec)
     loader.exec_module(module)
-    return module  # type: ignore[no-any-return]  # a module has the functions of the protocol
+    return module
 
 
 def _read_ioctls() -> dict[str, Ioctl]:
@@ -169,4 +177,4 @@ try:
 except ImportError as error:
     raise _explain(error, _root) from None
 _check(lib, _root)
-run = _load_run(sys.modules[f"{__package__}._native"].__file__ or "")
+run: Run = _load("_run")

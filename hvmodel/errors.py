@@ -18,6 +18,7 @@ __all__ = [
     "ArgumentTypeError",
     "BuildError",
     "BusyError",
+    "ChangedStateError",
     "ClosedError",
     "ForkedError",
     "GuestAccessError",
@@ -25,7 +26,9 @@ __all__ = [
     "HvError",
     "KvmError",
     "PartialError",
+    "RefusedStateError",
     "UnansweredError",
+    "UnqualifiedError",
     "UnsupportedError",
     "VmDeadError",
 ]
@@ -201,6 +204,82 @@ class UnsupportedError(KvmError):
     def capability(self) -> str | None:
         """Name of the missing capability, or None where the kernel just does not know the ioctl (ENOTTY)."""
         return self.field
+
+
+class UnqualifiedError(UnsupportedError):
+    """This kind of stop does not work in this mode on this host: the attributes of `UnsupportedError`, and `mode`,
+    `kind`, `saw` (what happened when it was tried) and `others` (the kinds that work in this mode).
+
+    `mode` and `kind` are of hvmodel.machine.qualify.MODES and KINDS.
+    """
+
+    def __init__(self, call: str, mode: str, kind: str, saw: str, others: tuple[str, ...] = ()) -> None:
+        self.mode, self.kind, self.saw, self.others = mode, kind, saw, others
+        accepted = f"in this mode: {', '.join(others)}" if others else "nothing in this mode"
+        detail = f"{kind!r} does not work in mode {mode!r} on this host (tried, it gave: {saw})"
+        super().__init__(_errno.EOPNOTSUPP, call, None, None, accepted, detail)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.call, self.mode, self.kind, self.saw, self.others)
+
+
+class RefusedStateError(KvmError):
+    """KVM refused a part of a vCPU's or VM's state: the attributes of `KvmError`, and `part` and `rule`.
+
+    `part`: which ("sregs", "msrs", …).  `field`, `value`: what it is refused for ("cr4", "cs.base", "msrs[0x1b]").
+    `rule`: the name of the rule that this breaks, or None where the field was found by trying.  The state is as before.
+    """
+
+    def __init__(
+        self,
+        errno: int,
+        call: str,
+        part: str,
+        field: str | None = None,
+        value: object = None,
+        accepted: str | None = None,
+        detail: str | None = None,
+        rule: str | None = None,
+    ) -> None:
+        super().__init__(errno, call, field, value, accepted, detail)
+        self.part, self.rule = part, rule
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (
+            self.errno,
+            self.call,
+            self.part,
+            self.field,
+            self.value,
+            self.accepted,
+            self.detail,
+            self.rule,
+        )
+
+
+class ChangedStateError(HvError):
+    """KVM took a state and keeps another one: `call`, `part`, `field`, `value` (asked for), `became`, `rule`, `detail`.
+
+    The state is as before where it could be put back; the message says where it could not.
+    """
+
+    def __init__(
+        self,
+        call: str,
+        part: str,
+        field: str,
+        value: object,
+        became: object,
+        detail: str | None = None,
+        rule: str | None = None,
+    ) -> None:
+        self.call, self.part, self.field, self.rule, self.detail = call, part, field, rule, detail
+        self.value, self.became = _kept(value), _kept(became)
+        text = f"{call}: {field}={_show(self.value)}: KVM took it and keeps {_show(self.became)}"
+        super().__init__(f"{text}: {detail}" if detail else text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.call, self.part, self.field, self.value, self.became, self.detail, self.rule)
 
 
 class VmDeadError(KvmError):

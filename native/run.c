@@ -50,11 +50,21 @@
 /* hv_vcpu.held: a further exit of the same instruction; one that Python could not take. */
 enum { HELD_FURTHER = 1, HELD_UNREAD = 2 };
 
-#define KVM_RUN_REQUEST _IO(0xAE, 0x80)
+#define KVM_RUN_REQUEST		    _IO(0xAE, 0x80)
+#define KVM_GET_REGS_REQUEST	    _IOR(0xAE, 0x81, struct kvm_regs)
+#define KVM_SET_REGS_REQUEST	    _IOW(0xAE, 0x82, struct kvm_regs)
+#define KVM_GET_SREGS_REQUEST	    _IOR(0xAE, 0x83, struct kvm_sregs)
+#define KVM_SET_SREGS_REQUEST	    _IOW(0xAE, 0x84, struct kvm_sregs)
+#define KVM_GET_VCPU_EVENTS_REQUEST _IOR(0xAE, 0x9f, struct kvm_vcpu_events)
+#define KVM_SET_VCPU_EVENTS_REQUEST _IOW(0xAE, 0xa0, struct kvm_vcpu_events)
+
+/* See native/pyrun.c. */
+#define HOT __attribute__((hot))
 
 static int64_t heartbeat_ns = 100000000;
 
-enum { HV_STATE_CLOSED = 0, HV_STATE_IDLE = 1, HV_STATE_RUNNING = 2 };
+/* BRIEF: somebody looks at the page, and will be done in no time: whoever wants it waits. */
+enum { HV_STATE_CLOSED = 0, HV_STATE_IDLE = 1, HV_STATE_RUNNING = 2, HV_STATE_BRIEF = 3 };
 
 #ifndef sigev_notify_thread_id
 #define sigev_notify_thread_id _sigev_un._tid
@@ -76,6 +86,7 @@ static __thread struct hv_runner runner __attribute__((tls_model("initial-exec")
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_key_t timer_key;
 static int kick_signal;
+static uint64_t nr_opened;
 static uint32_t generation; /* bumped in the child of a fork */
 static uint32_t exiting;
 static pid_t process;
@@ -308,9 +319,11 @@ static void after_fork_in_child(void)
 	memset(&runner, 0, sizeof(runner));
 	pthread_mutex_init(&lock, NULL);
 	for (struct pool_chunk *c = pool; c; c = c->next)
-		for (int i = 0; i < POOL_CHUNK; i++)
-			if (c->vcpus[i].state == HV_STATE_RUNNING)
+		for (int i = 0; i < POOL_CHUNK; i++) {
+			c->vcpus[i].between = 0;
+			if (c->vcpus[i].state != HV_STATE_CLOSED)
 				c->vcpus[i].state = HV_STATE_IDLE;
+		}
 }
 
 /* Called with the lock held, once. */
@@ -422,6 +435,7 @@ int hv_vcpu_open(int fd, uint64_t run_size, struct hv_vcpu **out)
 	memset(v, 0, sizeof(*v));
 	v->exit = exit;
 	v->exit_size = run_size;
+	v->serial = __atomic_add_fetch(&nr_opened, 1, __ATOMIC_SEQ_CST);
 	v->fd = fd;
 	v->run = run;
 	v->run_size = run_size;
@@ -452,6 +466,7 @@ int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns)
 	}
 	munmap(v->run, v->run_size);
 	v->run = NULL;
+	v->serial = 0;
 	v->batch = NULL;
 	__atomic_fetch_add(&v->acks, 1, __ATOMIC_SEQ_CST);
 	pthread_mutex_lock(&lock);
@@ -792,13 +807,176 @@ static int64_t serve(struct hv_vcpu *v, struct hv_batch *b)
 	return b->served == b->max_exits ? HV_LIMIT : 0;
 }
 
+/* ---- whose vCPU it is ---- */
+
+#define BRIEF_WAIT_NS 1000000000
+
+HOT static void release(struct hv_vcpu *v)
+{
+	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_SEQ_CST);
+}
+
+/* A plain store: whoever waits for this looks again by itself. */
+HOT static void release_briefly(struct hv_vcpu *v)
+{
+	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_RELEASE);
+}
+
+/*
+ * From idle to `state`, by one thread.  0; HV_CLOSED; HV_BUSY: another thread runs it, or is in a
+ * run that goes on, though the vCPU is idle at the moment; HV_STALE: without `may_wait`, and
+ * somebody looks at the page.
+ */
+HOT static int64_t acquire_as(struct hv_vcpu *v, uint32_t state, bool may_wait)
+{
+	uint32_t idle = HV_STATE_IDLE;
+	int64_t begin = 0;
+	int32_t between;
+
+	while (!__atomic_compare_exchange_n(&v->state, &idle, state, false, __ATOMIC_SEQ_CST,
+					    __ATOMIC_SEQ_CST)) {
+		if (idle != HV_STATE_BRIEF)
+			return idle == HV_STATE_CLOSED ? HV_CLOSED : HV_BUSY;
+		if (!may_wait)
+			return HV_STALE;
+		if (!begin)
+			begin = hv_monotonic_ns();
+		else if (hv_monotonic_ns() - begin > BRIEF_WAIT_NS)
+			return HV_BUSY;
+		sched_yield();
+		idle = HV_STATE_IDLE;
+	}
+	between = __atomic_load_n(&v->between, __ATOMIC_SEQ_CST);
+	if (between && between != runner.tid) {
+		release(v);
+		return HV_BUSY;
+	}
+	return 0;
+}
+
+HOT static int64_t acquire(struct hv_vcpu *v)
+{
+	return acquire_as(v, HV_STATE_RUNNING, true);
+}
+
+/* Not for a child of fork(2): the page is its parent's. */
+HOT static int64_t acquire_briefly(struct hv_vcpu *v, bool may_wait)
+{
+	if (v->generation != generation)
+		return v->state == HV_STATE_CLOSED ? HV_CLOSED : HV_FORKED;
+	return acquire_as(v, HV_STATE_BRIEF, may_wait);
+}
+
+/*
+ * ---- registers ----
+ *
+ * KVM_RUN leaves the registers in the page (run->s.regs) when it returns, as kvm_valid_regs asks,
+ * and takes them from there when it begins, as kvm_dirty_regs says.  So they are read and written
+ * there, without a system call, as long as the page is what KVM has:
+ *
+ *   fresh    KVM_SYNC_X86_REGS and _SREGS: that part of the page equals KVM's state.
+ *            FRESH_RAN: moreover KVM_RUN has come as far as an exit, and nothing has changed the
+ *            vCPU since.  Only then is it known that the next KVM_RUN takes what is dirty: that of
+ *            a vCPU which waits for its SIPI does not, and puts KVM's registers over it.
+ *            FRESH_CALM: no exception is pending, but see is_calm().  KVM drops one when it takes
+ *            registers, in whatever way; so they are then put at once, and the exception again.
+ *   written  KVM_SYNC_X86_REGS: the page is newer than KVM's state.
+ *
+ * What changes the state otherwise is an ioctl on the vCPU's fd, perhaps of another thread, which
+ * KVM may hold up until KVM_RUN has returned.  It stands between hv_begin() and hv_end(), which
+ * count, and the first gives KVM what is written.  Whoever runs the vCPU notes how many had ended
+ * when KVM was asked.  What is fresh counts as long as no more than those have begun: none was
+ * under way, and none has come since.
+ *
+ *   runner            another thread             whoever looks
+ *   seen = ended      begun++, settle
+ *   KVM_RUN           ioctl
+ *   fresh = ...       ended++                    begun != seen?  nothing is fresh
+ *
+ * An fd that was handed out counts as an ioctl that never ends.  `fresh` and `seen` are written by
+ * who has acquired the vCPU.
+ */
+#define SYNCED	   (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS)
+#define FRESH_RAN  0x100
+#define FRESH_CALM 0x200
+
+#define RFLAGS_OFFSET offsetof(struct kvm_regs, rflags)
+#define RFLAGS_FIXED  0x2
+#define RFLAGS_TF     0x100
+/* CF PF AF ZF SF IF DF OF IOPL NT: in every mode KVM keeps these as they are set. */
+#define RFLAGS_PLAIN 0x7ed5
+
+/* Acquired.  `seen`: what `ended` was before KVM was asked. */
+static void set_fresh(struct hv_vcpu *v, uint32_t seen, uint32_t fresh)
+{
+	v->seen = seen;
+	v->fresh = fresh;
+}
+
+/* Acquired. */
+static uint32_t get_fresh(const struct hv_vcpu *v)
+{
+	return __atomic_load_n(&v->begun, __ATOMIC_SEQ_CST) == v->seen ? v->fresh : 0;
+}
+
+/* Acquired: give KVM what is written.  0 or -errno, and then it is written still. */
+static int put_written(struct hv_vcpu *v)
+{
+	if (!v->written)
+		return 0;
+	if (ioctl(v->fd, KVM_SET_REGS_REQUEST, &v->run->s.regs.regs))
+		return -errno;
+	v->run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_REGS;
+	__atomic_store_n(&v->written, 0, __ATOMIC_SEQ_CST);
+	return 0;
+}
+
+/* Acquired: the ioctl itself, with the registers before and after it.  0 or -errno. */
+HOT static int kvm_run(struct hv_vcpu *v)
+{
+	uint32_t seen = __atomic_load_n(&v->ended, __ATOMIC_SEQ_CST);
+	uint32_t before = get_fresh(v), after = 0;
+	struct kvm_run *run = v->run;
+	int rc;
+
+	if (v->written) {
+		uint64_t asked = run->kvm_valid_regs | run->kvm_dirty_regs;
+
+		if (before & FRESH_RAN && v->sync & KVM_SYNC_X86_REGS &&
+		    !(asked & ~(uint64_t)v->sync))
+			run->kvm_dirty_regs |= KVM_SYNC_X86_REGS;
+		else if ((rc = put_written(v)))
+			return rc;
+	}
+	/* KVM sets the bit of a pending interrupt there and clears no other, and it leaves padding
+	 * alone (linux:arch/x86/kvm/x86.c __get_sregs@v6.18). */
+	if (run->kvm_valid_regs & ~run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+		struct kvm_sregs *sregs = &run->s.regs.sregs;
+
+		if (before & KVM_SYNC_X86_SREGS)
+			memset(sregs->interrupt_bitmap, 0, sizeof(sregs->interrupt_bitmap));
+		else
+			memset(sregs, 0, sizeof(*sregs));
+	}
+	rc = ioctl(v->fd, KVM_RUN_REQUEST, 0) ? -errno : 0;
+	if (!rc || (rc == -EINTR && before & FRESH_RAN))
+		after = ((uint32_t)run->kvm_valid_regs & SYNCED) | FRESH_RAN;
+	/* An interruption may come between an exception and its delivery. */
+	if (!rc)
+		after |= FRESH_CALM;
+	if (v->written && !(run->kvm_dirty_regs & KVM_SYNC_X86_REGS))
+		__atomic_store_n(&v->written, 0, __ATOMIC_SEQ_CST);
+	set_fresh(v, seen, after);
+	return rc;
+}
+
 /* ---- running ---- */
 
 /*
  * Copy the exit for Python, which decodes it when the vCPU no longer counts as running: another
  * thread may close it meanwhile, and unmap the kvm_run page.
  */
-static void keep_exit(struct hv_vcpu *v)
+HOT static void keep_exit(struct hv_vcpu *v)
 {
 	struct access access;
 
@@ -808,7 +986,7 @@ static void keep_exit(struct hv_vcpu *v)
 }
 
 /* The exit in the kvm_run page as a word; notes what the next entry will have to finish. */
-static int64_t exit_word(struct hv_vcpu *v)
+HOT static int64_t exit_word(struct hv_vcpu *v)
 {
 	struct kvm_run *run = v->run;
 	int64_t word = run->exit_reason;
@@ -851,7 +1029,7 @@ static int64_t exit_word(struct hv_vcpu *v)
 	}
 }
 
-static int64_t pack_exit(struct hv_vcpu *v)
+HOT static int64_t pack_exit(struct hv_vcpu *v)
 {
 	int64_t word = exit_word(v);
 
@@ -861,7 +1039,7 @@ static int64_t pack_exit(struct hv_vcpu *v)
 }
 
 /* Why KVM_RUN answered EINTR, or why it was not entered; 0: no reason. */
-static int64_t interruption(struct hv_vcpu *v)
+HOT static int64_t interruption(struct hv_vcpu *v)
 {
 	uint32_t signals = __atomic_load_n(&nr_signals, __ATOMIC_SEQ_CST);
 
@@ -881,7 +1059,7 @@ static int64_t interruption(struct hv_vcpu *v)
 
 /* The exit at hand to the batch, if there is one.  An exit word for Python; an HV_* code; 0: enter
  * again. */
-static int64_t take_exit(struct hv_vcpu *v)
+HOT static int64_t take_exit(struct hv_vcpu *v)
 {
 	int64_t code = 1;
 
@@ -894,7 +1072,7 @@ static int64_t take_exit(struct hv_vcpu *v)
 	return code;
 }
 
-static int64_t enter(struct hv_vcpu *v)
+HOT static int64_t enter(struct hv_vcpu *v)
 {
 	struct hv_batch *b = v->batch;
 	int64_t word;
@@ -913,8 +1091,7 @@ static int64_t enter(struct hv_vcpu *v)
 	for (;;) {
 		if (v->held) {
 			v->held = 0;
-		} else if (ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
-			word = -errno;
+		} else if ((word = kvm_run(v))) {
 			if (word != -EINTR && word != -EAGAIN) {
 				keep_exit(v);
 				v->run->exit_reason = KVM_EXIT_UNKNOWN;
@@ -938,23 +1115,7 @@ static int64_t enter(struct hv_vcpu *v)
 	}
 }
 
-/* From idle to running, by one thread.  0 or an HV_* code. */
-static int64_t acquire(struct hv_vcpu *v)
-{
-	uint32_t idle = HV_STATE_IDLE;
-
-	if (!__atomic_compare_exchange_n(&v->state, &idle, HV_STATE_RUNNING, false,
-					 __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-		return idle == HV_STATE_CLOSED ? HV_CLOSED : HV_BUSY;
-	return 0;
-}
-
-static void release(struct hv_vcpu *v)
-{
-	__atomic_store_n(&v->state, HV_STATE_IDLE, __ATOMIC_SEQ_CST);
-}
-
-static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
+HOT static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 {
 	int64_t word;
 
@@ -964,6 +1125,8 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 		return HV_EXITING;
 	if (v->unanswered)
 		return HV_UNANSWERED;
+	if (v->dirty)
+		return HV_DIRTY;
 	if (!runner.tid) {
 		word = start_thread();
 		if (word)
@@ -974,6 +1137,7 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
 		if (word)
 			return word;
 	}
+	v->runs++;
 	v->timed_out = 0;
 	v->deadline = deadline;
 	__atomic_store_n(&v->tid, runner.tid, __ATOMIC_SEQ_CST);
@@ -999,7 +1163,7 @@ static int64_t run_acquired(struct hv_vcpu *v, int64_t deadline)
  * Run vCPU `v` until an exit that Python must see, or an interruption, or CLOCK_MONOTONIC reaches
  * deadline_ns (0: none).  An exit word, -errno of KVM_RUN, or an HV_* code.
  */
-int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
+HOT int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 {
 	int64_t word = acquire(v);
 
@@ -1010,6 +1174,7 @@ int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 		return word;
 	/* The timer refuses a negative time, which is as much in the past as 1. */
 	word = run_acquired(v, deadline_ns < 0 ? 1 : deadline_ns);
+	v->between = word == HV_RETRY || word == HV_RING_FULL || word == HV_DIRTY ? runner.tid : 0;
 	release(v);
 	return word;
 }
@@ -1018,6 +1183,35 @@ int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns)
 int64_t hv_run(struct hv_vcpu *v, int64_t timeout_ns)
 {
 	return hv_run_until(v, timeout_ns < 0 ? 0 : hv_monotonic_ns() + timeout_ns);
+}
+
+/* Acquired: see hv_complete(). */
+static int64_t complete(struct hv_vcpu *v)
+{
+	int rc;
+
+	if (v->held == HELD_UNREAD) {
+		/* Whoever changes the state gives up the exit, but a read's instruction still wants
+		 * its data. */
+		v->held = 0;
+		pack_exit(v);
+	}
+	if (v->generation != generation)
+		return HV_FORKED;
+	if (v->unanswered)
+		return HV_UNANSWERED;
+	if (!v->incomplete || v->held)
+		return 0;
+	v->run->immediate_exit = 1;
+	rc = kvm_run(v);
+	v->run->immediate_exit = 0;
+	if (!rc)
+		v->held = HELD_FURTHER;
+	else if (rc != -EINTR)
+		return rc;
+	else
+		v->incomplete = 0;
+	return 0;
 }
 
 /*
@@ -1031,29 +1225,313 @@ int64_t hv_complete(struct hv_vcpu *v)
 
 	if (word)
 		return word;
-	if (v->held == HELD_UNREAD) {
-		/* Whoever changes the state gives up the exit, but a read's instruction still wants
-		 * its data. */
-		v->held = 0;
-		pack_exit(v);
-	}
-	if (v->generation != generation) {
-		word = HV_FORKED;
-	} else if (v->unanswered) {
-		word = HV_UNANSWERED;
-	} else if (v->incomplete && !v->held) {
-		v->run->immediate_exit = 1;
-		if (!ioctl(v->fd, KVM_RUN_REQUEST, 0)) {
-			v->held = HELD_FURTHER;
-		} else if (errno != EINTR) {
-			word = -errno;
-		} else {
-			v->incomplete = 0;
-		}
-		v->run->immediate_exit = 0;
-	}
+	word = complete(v);
 	release(v);
 	return word;
+}
+
+/* Acquired: the same for who is about to change the state: not within a read. */
+static int64_t complete_for_change(struct hv_vcpu *v)
+{
+	int64_t rc = complete(v);
+
+	if (!rc && v->held == HELD_FURTHER) {
+		uint32_t incomplete = v->incomplete;
+
+		pack_exit(v);
+		if (v->unanswered)
+			rc = HV_UNANSWERED;
+		/* It is still to be handed out, and cannot be answered before. */
+		v->unanswered = 0;
+		v->incomplete = incomplete;
+	}
+	return rc;
+}
+
+/*
+ * For calls that get and set a vCPU's state by ioctls, all in one go (native/state.c): nobody else
+ * runs, closes or changes it until hv_unclaim(), the last exit's instruction is finished, and KVM
+ * has what was written, and is not to be given a whole state (HV_DIRTY).  0: it is claimed; or
+ * -errno, or an HV_* code, and it is not.
+ */
+int64_t hv_claim(struct hv_vcpu *v)
+{
+	int64_t rc = hv_claim_dirty(v);
+
+	if (!rc && v->dirty) {
+		release(v);
+		rc = HV_DIRTY;
+	}
+	return rc;
+}
+
+/* The same for who has the state that is dirty. */
+int64_t hv_claim_dirty(struct hv_vcpu *v)
+{
+	int64_t rc = acquire(v);
+
+	if (rc)
+		return rc;
+	rc = complete_for_change(v);
+	if (!rc)
+		rc = put_written(v);
+	if (rc)
+		release(v);
+	return rc;
+}
+
+/* The vCPU may be in another state than it was. */
+void hv_unclaim(struct hv_vcpu *v)
+{
+	v->fresh = 0;
+	release(v);
+}
+
+/*
+ * Before an ioctl that gets state: KVM has what is written.  Waits where another thread is about to
+ * give it.  0; -errno; HV_CLOSED.
+ */
+int hv_settle(struct hv_vcpu *v)
+{
+	struct timespec nap = {.tv_nsec = 50000};
+
+	while (__atomic_load_n(&v->written, __ATOMIC_SEQ_CST)) {
+		int64_t rc = acquire_briefly(v, true);
+
+		if (!rc) {
+			rc = put_written(v);
+			release(v);
+		}
+		if (rc != HV_BUSY)
+			return (int)rc;
+		nanosleep(&nap, NULL);
+	}
+	return 0;
+}
+
+/* Before an ioctl that may change the vCPU's state; hv_end() is to be called whatever this says. */
+int hv_begin(struct hv_vcpu *v)
+{
+	__atomic_fetch_add(&v->begun, 1, __ATOMIC_SEQ_CST);
+	return hv_settle(v);
+}
+
+void hv_end(struct hv_vcpu *v)
+{
+	__atomic_fetch_add(&v->ended, 1, __ATOMIC_SEQ_CST);
+}
+
+/* What of the page is the vCPU's state, or will be: kvm_dirty_regs may also be set by its user. */
+static bool is_at_hand(const struct hv_vcpu *v, uint32_t part)
+{
+	return ((get_fresh(v) | v->written | (uint32_t)v->run->kvm_dirty_regs) & part) != 0;
+}
+
+/* For who holds the GIL: it does not wait.  0: acquired; HV_STALE: it is not at hand; HV_CLOSED,
+ * ... */
+HOT static int acquire_part(struct hv_vcpu *v, uint32_t part)
+{
+	int64_t rc = acquire_briefly(v, false);
+
+	if (!rc && (v->dirty || !is_at_hand(v, part))) {
+		release_briefly(v);
+		rc = HV_STALE;
+	}
+	return (int)rc;
+}
+
+/*
+ * Copy a register, or all of a part, from the page.  0; HV_STALE; HV_CLOSED, HV_BUSY, HV_FORKED.
+ * Sizes are constants, so that no function of another library is called: it would be cold.
+ */
+HOT int hv_reg_read(struct hv_vcpu *v, uint64_t offset, uint64_t *to)
+{
+	int rc = acquire_part(v, KVM_SYNC_X86_REGS);
+
+	if (rc)
+		return rc;
+	memcpy(to, (uint8_t *)&v->run->s.regs.regs + offset, sizeof(*to));
+	release_briefly(v);
+	return 0;
+}
+
+HOT int hv_regs_read(struct hv_vcpu *v, struct kvm_regs *to)
+{
+	int rc = acquire_part(v, KVM_SYNC_X86_REGS);
+
+	if (rc)
+		return rc;
+	*to = v->run->s.regs.regs;
+	release_briefly(v);
+	return 0;
+}
+
+HOT int hv_sregs_read(struct hv_vcpu *v, struct kvm_sregs *to)
+{
+	int rc = acquire_part(v, KVM_SYNC_X86_SREGS);
+
+	if (rc)
+		return rc;
+	*to = v->run->s.regs.sregs;
+	release_briefly(v);
+	return 0;
+}
+
+/* Acquired: ask KVM for a part, KVM_SYNC_X86_REGS or _SREGS, that is not at hand.  0 or -errno. */
+static int fetch(struct hv_vcpu *v, uint32_t part)
+{
+	uint32_t seen = __atomic_load_n(&v->ended, __ATOMIC_SEQ_CST);
+	struct kvm_sync_regs *page = &v->run->s.regs;
+	uint32_t before = get_fresh(v);
+	int rc;
+
+	if (part == KVM_SYNC_X86_REGS)
+		rc = ioctl(v->fd, KVM_GET_REGS_REQUEST, &page->regs);
+	else
+		rc = ioctl(v->fd, KVM_GET_SREGS_REQUEST, &page->sregs);
+	if (rc)
+		return -errno;
+	set_fresh(v, seen, before | part);
+	return 0;
+}
+
+/* `size` bytes at `offset` of run->s.regs, by an ioctl where they are not at hand.  0; -errno;
+ * HV_CLOSED, HV_BUSY, HV_FORKED. */
+int hv_sync_fetch(struct hv_vcpu *v, uint32_t part, uint64_t offset, uint8_t *to, uint64_t size)
+{
+	int64_t rc = acquire_briefly(v, true);
+
+	if (rc)
+		return (int)rc;
+	if (v->dirty)
+		rc = HV_DIRTY;
+	else if (!is_at_hand(v, part))
+		rc = fetch(v, part);
+	if (!rc)
+		memcpy(to, (uint8_t *)&v->run->s.regs + offset, size);
+	release(v);
+	return (int)rc;
+}
+
+/* Acquired: give KVM what is written, and the exception that was pending; not what else the events
+ * were, for an NMI may have come since. */
+static int put_written_with(struct hv_vcpu *v, struct kvm_vcpu_events *events)
+{
+	int rc = put_written(v);
+
+	if (rc || !(events->exception.pending || events->exception.injected))
+		return rc;
+	events->flags &= KVM_VCPUEVENT_VALID_PAYLOAD;
+	return ioctl(v->fd, KVM_SET_VCPU_EVENTS_REQUEST, events) ? -errno : 0;
+}
+
+/* No exception is pending: also not the trap of RFLAGS.TF, with which HLT exits, nor the #UD with
+ * which KVM gives up on an instruction. */
+HOT static bool is_calm(const struct hv_vcpu *v, uint32_t fresh)
+{
+	return fresh & FRESH_CALM && fresh & KVM_SYNC_X86_REGS &&
+	       v->run->exit_reason != KVM_EXIT_INTERNAL_ERROR &&
+	       !(v->run->s.regs.regs.rflags & RFLAGS_TF);
+}
+
+/* Acquired: the general registers, in part or whole, into the page; KVM has them before it runs. */
+static int64_t write_regs(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size)
+{
+	uint32_t seen = __atomic_load_n(&v->ended, __ATOMIC_SEQ_CST);
+	struct kvm_regs *regs = &v->run->s.regs.regs;
+	struct kvm_vcpu_events events = {0};
+	uint32_t fresh = get_fresh(v);
+	bool at_once;
+
+	if (!is_calm(v, fresh)) {
+		/* It may deliver the exception's payload: to CR2, which is in SREGS. */
+		fresh &= ~(uint32_t)KVM_SYNC_X86_SREGS;
+		if (ioctl(v->fd, KVM_GET_VCPU_EVENTS_REQUEST, &events))
+			return -errno;
+	}
+	memcpy((uint8_t *)regs + offset, from, size);
+	regs->rflags |= RFLAGS_FIXED;
+	__atomic_store_n(&v->written, KVM_SYNC_X86_REGS, __ATOMIC_SEQ_CST);
+	/* KVM need not keep all flags as they are, or somebody may be looking past us. */
+	at_once = regs->rflags & ~(uint64_t)(RFLAGS_PLAIN | RFLAGS_FIXED) ||
+		  events.exception.pending || events.exception.injected ||
+		  __atomic_load_n(&v->begun, __ATOMIC_SEQ_CST) != seen;
+	if (at_once) {
+		v->fresh = 0;
+		return put_written_with(v, &events);
+	}
+	set_fresh(v, seen, fresh | FRESH_CALM);
+	return 0;
+}
+
+/*
+ * Write `size` bytes at `offset` of struct kvm_regs, the last exit's instruction finished first.
+ * Without `may_wait`, for who holds the GIL, HV_STALE where that, or an ioctl, would be needed.  0;
+ * -errno; HV_CLOSED, HV_BUSY, HV_FORKED, HV_UNANSWERED, HV_STALE.
+ */
+HOT int64_t hv_regs_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size,
+			  uint32_t may_wait)
+{
+	int64_t rc = acquire_briefly(v, may_wait);
+
+	if (rc)
+		return rc;
+	if (v->dirty) {
+		rc = HV_DIRTY;
+	} else if (may_wait) {
+		rc = complete_for_change(v);
+		if (!rc && !is_at_hand(v, KVM_SYNC_X86_REGS) && size < sizeof(struct kvm_regs))
+			rc = fetch(v, KVM_SYNC_X86_REGS);
+	} else if (v->unanswered || v->incomplete || v->held || !is_calm(v, get_fresh(v)) ||
+		   offset + size > RFLAGS_OFFSET || !is_at_hand(v, KVM_SYNC_X86_REGS) ||
+		   v->run->s.regs.regs.rflags & ~(uint64_t)(RFLAGS_PLAIN | RFLAGS_FIXED)) {
+		rc = HV_STALE;
+	}
+	if (!rc)
+		rc = write_regs(v, offset, from, size);
+	release_briefly(v);
+	return rc;
+}
+
+/* Acquired: CR8 as KVM_SET_SREGS has taken it, for the next KVM_RUN, which loads it from the page
+ * unless KVM has the APIC.  More than 4 bits KVM_SET_SREGS ignores, and KVM_RUN refuses. */
+void hv_keep_cr8(struct hv_vcpu *v, uint64_t cr8)
+{
+	if (cr8 <= 0xf)
+		v->run->cr8 = cr8;
+}
+
+/* The same for who has not acquired it.  Another thread that runs it has CR8 of its own. */
+void hv_write_cr8(struct hv_vcpu *v, uint64_t cr8)
+{
+	if (acquire_briefly(v, true))
+		return;
+	hv_keep_cr8(v, cr8);
+	release_briefly(v);
+}
+
+/*
+ * KVM_SET_SREGS, the last exit's instruction finished first.  0; -errno; HV_CLOSED, HV_BUSY,
+ * HV_FORKED, HV_UNANSWERED.
+ */
+int64_t hv_sregs_put(struct hv_vcpu *v, const struct kvm_sregs *sregs)
+{
+	int64_t rc = acquire_briefly(v, true);
+
+	if (rc)
+		return rc;
+	rc = v->dirty ? HV_DIRTY : complete_for_change(v);
+	if (!rc)
+		rc = put_written(v); /* the reset vector, at which it wakes, is also RIP */
+	if (!rc && ioctl(v->fd, KVM_SET_SREGS_REQUEST, sregs))
+		rc = -errno;
+	if (!rc) {
+		v->run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_SREGS;
+		hv_keep_cr8(v, sregs->cr8);
+		v->fresh &= ~(uint32_t)KVM_SYNC_X86_SREGS;
+	}
+	release(v);
+	return rc;
 }
 
 /*
@@ -1072,6 +1550,12 @@ int hv_unread(struct hv_vcpu *v)
 	return 0;
 }
 
+/* A run that was to go on does not: Python has raised. */
+void hv_run_ends(struct hv_vcpu *v)
+{
+	__atomic_store_n(&v->between, 0, __ATOMIC_SEQ_CST);
+}
+
 /* Whether a signal that is chained has come since the vCPU was last interrupted by one. */
 int hv_signalled(const struct hv_vcpu *v)
 {
@@ -1082,7 +1566,7 @@ int hv_signalled(const struct hv_vcpu *v)
  */
 static int acquire_page(struct hv_vcpu *v, uint64_t offset, uint64_t size)
 {
-	int64_t rc = acquire(v);
+	int64_t rc = acquire_briefly(v, true);
 
 	if (rc)
 		return (int)rc;
@@ -1093,8 +1577,8 @@ static int acquire_page(struct hv_vcpu *v, uint64_t offset, uint64_t size)
 }
 
 /*
- * Copy out of and into the kvm_run page, while nobody runs the vCPU.  0; HV_CLOSED, HV_BUSY;
- * -EINVAL: beyond the page.
+ * Copy out of and into the kvm_run page, while nobody runs the vCPU.  0; HV_CLOSED, HV_BUSY,
+ * HV_FORKED; -EINVAL: beyond the page.
  */
 int hv_page_read(struct hv_vcpu *v, uint64_t offset, uint8_t *to, uint64_t size)
 {
@@ -1113,9 +1597,15 @@ int hv_page_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint6
 
 	if (rc)
 		return rc;
-	memcpy((uint8_t *)v->run + offset, from, size);
+	/* Its user decides from here on what is dirty, and with what. */
+	rc = put_written(v);
+	if (!rc) {
+		if (offset + size > offsetof(struct kvm_run, s))
+			v->fresh &= FRESH_RAN;
+		memcpy((uint8_t *)v->run + offset, from, size);
+	}
 	release(v);
-	return 0;
+	return rc;
 }
 
 /* ---- answering reads ---- */

@@ -34,6 +34,8 @@
 #define HV_LIMIT	-5011 /* max_exits were served */
 #define HV_EXITING	-5012 /* the interpreter is exiting: no vCPU is entered any more */
 #define HV_NO_TIMER	-5013 /* timer_create(2) was refused */
+#define HV_STALE -5014 /* not at hand: it takes a system call, an exit to be finished, a wait */
+#define HV_DIRTY -5015 /* Python has the state: it is to be put first (native/sync.h) */
 
 /* What is done with an access, by rule or, where no rule covers it, by default. */
 #define HV_STOP	    0 /* give the exit to Python */
@@ -117,9 +119,11 @@ struct hv_slots {
 };
 
 struct hv_vcpu {
+	uint64_t serial; /* another one for every vCPU that was opened; 0: closed */
 	int32_t fd;
 	uint32_t state;	  /* idle, running or closed */
 	int32_t tid;	  /* of the running thread */
+	int32_t between;  /* of the one whose run goes on when its Python has looked at something */
 	uint32_t kick;	  /* a kick waits to be delivered */
 	uint32_t kicks;	  /* kicks delivered: HV_KICKED answers */
 	uint32_t acks;	  /* of those, how many Python has seen */
@@ -129,6 +133,14 @@ struct hv_vcpu {
 	uint32_t unanswered; /* a read exit waits for its data */
 	uint32_t incomplete; /* KVM finishes the last exit's instruction at the next entry */
 	uint32_t held;	     /* what the next hv_run() answers first: see HELD_* */
+	uint32_t sync;	     /* KVM_SYNC_X86_*: what this KVM takes and gives with KVM_RUN */
+	uint32_t fresh;	     /* what of run->s.regs is as KVM has it: see "registers" in run.c */
+	uint32_t written;    /* what of it KVM is yet to be given */
+	uint32_t dirty;	     /* Python has the vCPU's state, and KVM is yet to be given it */
+	uint32_t begun;	     /* ioctls on the vCPU that may change its state: begun ... */
+	uint32_t ended;	     /* ... and ended */
+	uint32_t seen;	     /* how many had ended of those that `fresh` knows of */
+	uint64_t runs;	     /* how often it was run, to whatever end */
 	int64_t deadline;    /* CLOCK_MONOTONIC in ns; 0: none */
 	struct kvm_run *run;
 	uint64_t run_size;
@@ -144,6 +156,8 @@ int hv_vcpu_close(struct hv_vcpu *v, int64_t timeout_ns);
 int64_t hv_run(struct hv_vcpu *v, int64_t timeout_ns);
 int64_t hv_run_until(struct hv_vcpu *v, int64_t deadline_ns);
 int64_t hv_complete(struct hv_vcpu *v);
+int64_t hv_claim(struct hv_vcpu *v);
+void hv_unclaim(struct hv_vcpu *v);
 int hv_answer(struct hv_vcpu *v, uint64_t value);
 int hv_answer_bytes(struct hv_vcpu *v, const uint8_t *data, uint64_t size);
 int hv_fail_msr(struct hv_vcpu *v);
@@ -160,9 +174,23 @@ int hv_batch_update(struct hv_vcpu *v, struct hv_batch *batch, const struct hv_b
 int64_t hv_take_records(struct hv_vcpu *v, struct hv_batch *batch, struct hv_record *to,
 			uint64_t room);
 int hv_unread(struct hv_vcpu *v);
+void hv_run_ends(struct hv_vcpu *v);
 int hv_signalled(const struct hv_vcpu *v);
 int hv_page_read(struct hv_vcpu *v, uint64_t offset, uint8_t *to, uint64_t size);
 int hv_page_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size);
+int64_t hv_claim_dirty(struct hv_vcpu *v);
+int hv_settle(struct hv_vcpu *v);
+int hv_begin(struct hv_vcpu *v);
+void hv_end(struct hv_vcpu *v);
+int hv_reg_read(struct hv_vcpu *v, uint64_t offset, uint64_t *to);
+int hv_regs_read(struct hv_vcpu *v, struct kvm_regs *to);
+int hv_sregs_read(struct hv_vcpu *v, struct kvm_sregs *to);
+int hv_sync_fetch(struct hv_vcpu *v, uint32_t part, uint64_t offset, uint8_t *to, uint64_t size);
+int64_t hv_regs_write(struct hv_vcpu *v, uint64_t offset, const uint8_t *from, uint64_t size,
+		      uint32_t may_wait);
+int64_t hv_sregs_put(struct hv_vcpu *v, const struct kvm_sregs *sregs);
+void hv_keep_cr8(struct hv_vcpu *v, uint64_t cr8);
+void hv_write_cr8(struct hv_vcpu *v, uint64_t cr8);
 int hv_slots_set(struct hv_slots *slots, const struct hv_slot *sorted, uint32_t nr);
 void hv_slots_drop(struct hv_slots *slots);
 void hv_set_heartbeat(int64_t ns);

@@ -781,9 +781,9 @@ class World:
         if self.rng.random() < 0.7:
             machine.load(CODE, self.one(GUESTS))
             self.do(machine.vcpu.real_mode, entry=CODE)
-            sregs, regs = machine.vcpu.sregs, machine.vcpu.regs
-            sregs.ds.base, regs.rdx = self.one([0, 0, HIGH, self.address() % END]), self.one([0, 0x10, 0x501])
-            machine.vcpu.sregs, machine.vcpu.regs = sregs, regs
+            base = self.one([0, 0, HIGH, self.address() % END])
+            machine.vcpu.sregs = machine.vcpu.sregs.replace(**{"ds.base": base})
+            machine.vcpu.rdx = self.one([0, 0x10, 0x501])
         with contextlib.suppress(HvError):
             machine.answer(self.rng.getrandbits(8))  # of the last run, which may have ended at a read
         machine.run(timeout=self.one([0.0, 0.0005, 0.002]))

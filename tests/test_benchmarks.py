@@ -32,7 +32,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["exits", "flatview", "import", "kick", "lifecycle"])
+@pytest.mark.parametrize("name", ["exits", "flatview", "import", "kick", "lifecycle", "state"])
 def test_prints_its_results_as_json(name: str) -> None:
     need("kvm", "gcc")
     done = _run(name, "--json", "--short")
@@ -76,6 +76,8 @@ def test_all_of_them() -> None:
         "kick",
         "lifecycle",
         "ram",
+        "state",
+        "sync",
     ]
     assert all(document["results"] for document in documents)
 

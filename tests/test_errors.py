@@ -17,6 +17,7 @@ from hvmodel.errors import (
     ArgumentTypeError,
     BuildError,
     BusyError,
+    ChangedStateError,
     ClosedError,
     ForkedError,
     GuestAccessError,
@@ -24,7 +25,9 @@ from hvmodel.errors import (
     HvError,
     KvmError,
     PartialError,
+    RefusedStateError,
     UnansweredError,
+    UnqualifiedError,
     UnsupportedError,
     VmDeadError,
 )
@@ -70,6 +73,8 @@ MAKERS: list[Callable[[object], Exception]] = [
     lambda value: HostError(errno.EINVAL, "mmap", "fd", value),
     lambda value: KvmError(errno.EINVAL, "KVM_SET_MSRS", "index", value, "a number"),
     lambda value: PartialError(errno.EINVAL, "KVM_SET_MSRS", 0, 1, value, "index"),
+    lambda value: RefusedStateError(errno.EINVAL, "KVM_SET_SREGS2", "sregs", "cr4", value, "a number"),
+    lambda value: ChangedStateError("KVM_SET_SREGS2", "sregs", "cr0", value, value),
 ]
 
 EXAMPLES: list[Exception] = [
@@ -86,12 +91,20 @@ EXAMPLES: list[Exception] = [
     HostError(errno.EBADF, "dup"),
     KvmError(errno.EINVAL, "KVM_CREATE_VCPU", "id", 5000, "0 to 4095"),
     UnsupportedError(errno.ENOTTY, "KVM_SMI", "KVM_CAP_X86_SMM", None, None, "this kernel does not have it"),
+    UnqualifiedError("add_breakpoint", "long", "software", "Shutdown()", ("step", "hlt")),
+    UnqualifiedError("step", "long-user", "step", "no stop"),
     VmDeadError(errno.EIO, "KVM_RUN", None, None, "close", "KVM has marked this VM dead"),
     ForkedError(errno.EIO, "KVM_RUN", None, None, "a VM made by this process", "process 7 made it"),
     PartialError(errno.EINVAL, "KVM_SET_MSRS", 3, 9, 0xC0000081, "index"),
     GuestAccessError("port", 0x60, 1, 1, False, b"", 0xF000, 0xFFF0, b"\xe4\x60"),
     GuestAccessError("address", 0xA0000, 4, 1, True, b"\1\2\3\4", 0, 0x7C00, b""),
     GuestAccessError("address", 0xA0000, 1, 1, True, b"\1", 0, 0x7C05, b"\xf4", False, b"\xa2\x00\x00"),
+    RefusedStateError(
+        errno.EINVAL, "KVM_SET_SREGS2", "sregs", "cr4", 1 << 40, "bits of 0x7ffef", "bit 40 is reserved", "cr4-reserved"
+    ),
+    RefusedStateError(errno.EINVAL, "KVM_SET_LAPIC", "lapic"),
+    ChangedStateError("KVM_SET_SREGS2", "sregs", "cr0", 0x80000011, 0x11, "CR0.PG was dropped", "cr0-pg-dropped"),
+    ChangedStateError("KVM_SET_SREGS2", "sregs", "cr0", 0x80000011, 0x11),
     *(make(value) for value in ODD for make in MAKERS),
 ]
 

@@ -369,6 +369,13 @@ def _instance(stack: ExitStack) -> object:
     return tracefs.instance(["kvm:kvm_userspace_exit"])
 
 
+def _scratch(stack: ExitStack) -> object:
+    from hvmodel.state.trial import Scratch
+
+    vm = stack.enter_context(stack.enter_context(hv.Kvm()).create_vm())
+    return Scratch(stack.enter_context(vm.create_vcpu(0)))
+
+
 def _qemu(_stack: ExitStack) -> object:
     need("qemu")
     from hvmodel.witness.qemu import Qemu
@@ -396,6 +403,7 @@ OWNERS: dict[str, Callable[[ExitStack], object]] = {
     "PageMap": lambda _: PageMap(),
     "UserFaultFd": _uffd,
     "GuestMemFd": _guest_memfd,
+    "Scratch": _scratch,
     "Stats": _stats,
     "Tracefs": _tracefs,
     "Instance": _instance,
@@ -409,6 +417,7 @@ OWNERS: dict[str, Callable[[ExitStack], object]] = {
 FORGOTTEN = OWNERS | {"Vcpu": lambda _: hv.Kvm().create_vm().create_vcpu(0)}
 # What warns for one that was forgotten, where that is not the class itself.
 WARNS = {"RamBlock": ("MemFd", "Mapping"), "Machine": ("Kvm", "Vm", "Vcpu", "MemFd", "Mapping"), "Instance": ("",)}
+WARNS["Scratch"] = ("Vm", "Vcpu")
 WARNS |= dict.fromkeys(("PcLayout", "Q35Layout"), ("MemFd", "Mapping"))
 
 

@@ -223,7 +223,7 @@ def _enter_long_mode(m: Any, cpl: int) -> None:
     # Identity-mapped 2 MiB pages of the first 4 MiB, for the user too: PML4 at 0x1000, PDPT at 0x2000, PD at 0x3000.
     for at, entry in ((0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x87), (0x3008, _HOLE | 0x87)):
         m.write(at, entry.to_bytes(8, "little"))
-    sregs = m.vcpu.sregs
+    sregs = m.vcpu.kvm.sregs
     for name in ("cs", "ds", "es", "ss"):
         segment = getattr(sregs, name)
         is_code = name == "cs"
@@ -231,7 +231,7 @@ def _enter_long_mode(m: Any, cpl: int) -> None:
         segment.type, segment.l, segment.db = (0xB, 1, 0) if is_code else (3, 0, 1)
         segment.dpl, segment.selector = cpl, (0x08 if is_code else 0x10) | cpl
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = 0x80000011, 0x1000, 0x20, 0x500  # PG ET PE; PAE; LMA LME
-    m.vcpu.sregs = sregs
+    m.vcpu.kvm.sregs = sregs
 
 
 def show(found: dict[str, Any], *, as_json: bool) -> int:

@@ -183,12 +183,16 @@ class FailEntry(Value):
 
 
 class Debug(Value):
-    """KVM_EXIT_DEBUG: a breakpoint or step of KVM_SET_GUEST_DEBUG; `exception` 1 or 3, `pc` linear."""
+    """KVM_EXIT_DEBUG: a breakpoint or step of KVM_SET_GUEST_DEBUG; `exception` 1 or 3, `pc` linear.
+
+    `hits`: the breakpoints and watchpoints of a machine's vCPU (Cpu.add_breakpoint) that it stopped at; () for others.
+    """
 
     exception: int
     pc: int
     dr6: int
     dr7: int
+    hits: tuple[object, ...] = ()
 
 
 class RdMsr(Value):

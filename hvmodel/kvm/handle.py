@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 import weakref
 
 from .. import _ffi
@@ -74,6 +73,8 @@ def _abandon(fd: int, what: str, pid: int) -> None:
     # exception.  A child of os.fork has copies of its parent's descriptors: it closes them, and has forgotten nothing.
     os.close(fd)
     if os.getpid() == pid:
+        import warnings
+
         warnings.warn(f"unclosed {what}", ResourceWarning, stacklevel=2)
 
 
@@ -103,6 +104,10 @@ class Handle:
     @property
     def fd(self) -> int:
         """The file descriptor; ClosedError after close()."""
+        return self._open_fd()
+
+    def _open_fd(self) -> int:
+        # For our own calls; what `fd` hands out to others may have consequences.
         if self._fd < 0:
             raise ClosedError(f"{type(self).__name__}.fd", repr(self))
         return self._fd
@@ -169,14 +174,14 @@ class Handle:
         if kind == "-":
             if arg is not None and (isinstance(arg, bool) or not isinstance(arg, int) or arg != 0):
                 raise ArgumentTypeError(name, "arg", arg, "no argument")
-            return self._check(name, call(self.fd))
+            return self._check(name, call(self._open_fd()))
         if kind == "ulong":
             value = 0 if arg is None else arg
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ArgumentTypeError(name, "arg", arg, "an int")
             if not 0 <= value < 1 << 64:
                 raise ArgumentError(name, "arg", arg, "0 to 2**64-1")
-            return self._check(name, call(self.fd, value), None, value)
+            return self._check(name, call(self._open_fd(), value), None, value)
         ctype = f"struct {detail} *" if kind == "struct" else f"{detail} *"
         pointer: Any = arg
         if isinstance(arg, int) and not isinstance(arg, bool) and kind == "ptr":
@@ -188,7 +193,7 @@ class Handle:
         if detail != "void" and not (len(pointer) if ffi.typeof(pointer).kind == "array" else pointer):
             raise ArgumentTypeError(name, "arg", arg, f"a {ctype!r} that points at something")
         try:
-            rc = call(self.fd, pointer)
+            rc = call(self._open_fd(), pointer)
         except TypeError:
             raise ArgumentTypeError(name, "arg", arg, f"a pointer made by ffi.new({ctype!r})") from None
         return self._check(name, rc)

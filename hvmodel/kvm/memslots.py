@@ -7,7 +7,6 @@ refuses is in `slotrules`, the change of many slots at once in `slotchange`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from operator import attrgetter
 from struct import pack
 
 from .._ffi import ffi, lib, run
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MemSlot", "SlotMemory"]
 
-_gpa = attrgetter("gpa")
 _ROW: int = ffi.sizeof("struct hv_slot")
 
 
@@ -95,7 +93,7 @@ class _SlotMap:
                 del gpas[at], ordered[at], table[at * _ROW : (at + 1) * _ROW]
         come = [entry for entry in come if entry.slot < 1 << 16]
         if len(come) > 64:
-            ordered = sorted(ordered + come, key=_gpa)
+            ordered = sorted(ordered + come, key=lambda entry: entry.gpa)
             gpas = [entry.gpa for entry in ordered]
             table = bytearray(b"".join([_row(entry) for entry in ordered]))
         else:

@@ -3,6 +3,10 @@
 Running.  `run()` enters KVM_RUN through native/run.c, which decides on the return value of KVM_RUN alone, lets no
 kick, signal or timeout slip between a last check and the entry, and hands back one integer per exit.  Equal integers
 are equal exits, so most exits are looked up, not built.
+
+Registers.  Those of an exit are in the kvm_run page, and those that `Cpu` writes are put there (native/run.c).  So
+every ioctl on the vCPU first gives KVM what was written (`_settled`), and one that may change its state is announced
+(`_changing`): what the page has is not believed any more.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     )
     from .cpuid import CpuidEntry
     from .exits import Exit
+    from .handle import T
     from .vm import Vm
 
 __all__ = ["Translation", "Vcpu", "get_msrs"]
@@ -68,7 +73,11 @@ _CLOSE_WAIT_NS = 10_000_000_000
 _MAX_TIMEOUT = 1e9
 _XSAVE_SIZE = 4096
 _SYNC_REGS_OFFSET = ffi.offsetof("struct kvm_run", "s")
+# They change what the state may be.
+_LIMITING = frozenset({"KVM_SET_CPUID", "KVM_SET_CPUID2", "KVM_ENABLE_CAP", "KVM_X86_SETUP_MCE"})
 _EHWPOISON = 133  # the errno module of Python 3.11 lacks it
+
+_BETWEEN = (lib.HV_RETRY, lib.HV_RING_FULL, lib.HV_DIRTY)
 
 _CAUSES = {
     lib.HV_KICKED: "kick",
@@ -156,7 +165,55 @@ class _PageField:
         vcpu._page_access(lib.hv_page_write, self._offset, number)
 
 
-class _XsaveItem(StructItem["kvm_xsave"]):
+class _Changing:
+    # An ioctl that may change the vCPU's state, perhaps while another thread runs it.
+    __slots__ = ("_c",)
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._c = vcpu._c
+        if self._c.dirty:
+            vcpu._flush()
+
+    def __enter__(self) -> None:
+        lib.hv_begin(self._c)  # where it fails, so does the ioctl, and says why
+
+    def __exit__(self, *_: object) -> None:
+        lib.hv_end(self._c)
+
+
+class _Got(StructItem["T"]):
+    # A pair of ioctls of which getting changes nothing.
+    def _fetch(self, handle: Handle) -> tuple[int, T]:
+        assert isinstance(handle, Vcpu)
+        handle._settle()
+        return super()._fetch(handle)
+
+    def _store(self, handle: Handle, value: T) -> int:
+        assert isinstance(handle, Vcpu)
+        with _Changing(handle):
+            return super()._store(handle, value)
+
+
+class _Taken(_Got["T"]):
+    # One of which getting may: KVM_GET_MP_STATE accepts an INIT or SIPI, KVM_GET_VCPU_EVENTS delivers a payload
+    # (linux:arch/x86/kvm/x86.c kvm_arch_vcpu_ioctl_get_mpstate, kvm_vcpu_ioctl_x86_get_vcpu_events@v6.18).
+    def _fetch(self, handle: Handle) -> tuple[int, T]:
+        assert isinstance(handle, Vcpu)
+        with _Changing(handle):
+            return super()._fetch(handle)
+
+
+class _SregsItem(_Got["T"]):
+    # Without an in-kernel APIC every entry loads CR8 from the kvm_run page: it would undo this one.
+    def _store(self, handle: Handle, value: T) -> int:
+        rc = super()._store(handle, value)
+        if rc >= 0:
+            assert isinstance(handle, Vcpu)
+            lib.hv_write_cr8(handle._c, value.cr8)  # type: ignore[attr-defined]  # of kvm_sregs and kvm_sregs2
+        return rc
+
+
+class _XsaveItem(_Got["kvm_xsave"]):
     # KVM_SET_XSAVE reads as many bytes as KVM_CAP_XSAVE2 says: more than the struct has, where the process has asked
     # for AMX in guests (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM).
     @staticmethod
@@ -173,7 +230,7 @@ class _XsaveItem(StructItem["kvm_xsave"]):
     def _store(self, handle: Handle, value: kvm_xsave) -> int:
         area = self._new(handle)
         ffi.memmove(area, value, min(ffi.sizeof(area[0]), ffi.sizeof(value[0])))
-        return lib.kvm_set_xsave(handle._fd, area)
+        return super()._store(handle, area)
 
 
 class Vcpu(Handle):
@@ -181,14 +238,20 @@ class Vcpu(Handle):
 
     Thread safety: `run()` and what changes the vCPU from one thread at a time (a second runner gets BusyError);
     `kick()` from any thread.  Get and set ioctls of another thread wait in the kernel until the runner has left.
+
+    `fd` and `fileno()` hand out the file descriptor: from then on anybody may change the vCPU's state past this object,
+    so `Cpu` believes the registers of an exit no more and asks for them by ioctl.
     """
 
     scope = "vcpu"
-    __slots__ = ("_address", "_batch", "_c", "id")
+    __slots__ = ("_address", "_batch", "_c", "_is_exposed", "_synchronizer", "_state", "id")
 
     def __init__(self, fd: int, vm: Vm, id: int) -> None:
         self.id = id
+        self._state: Any = None  # what hvmodel.state knows of it; None again when what the state may be has changed
         self._batch: Batch | None = None
+        self._is_exposed = False
+        self._synchronizer: Any = None  # hvmodel.state.sync.VcpuSync, of a later floor
         self._point(_CLOSED)
         super().__init__(fd, vm)
         try:
@@ -217,6 +280,15 @@ class Vcpu(Handle):
         vm: Vm = self._owner  # type: ignore[assignment]  # the base class knows it as a Handle
         return vm
 
+    @property
+    def fd(self) -> int:
+        """The file descriptor; ClosedError after close().  See above what it costs to take it."""
+        fd = self._settled()
+        if not self._is_exposed:
+            self._is_exposed = True
+            lib.hv_begin(self._c)  # and never ended
+        return fd
+
     def close(self) -> None:
         """Stop a runner if there is one, unmap the kvm_run page, close the fd.  May be called again.
 
@@ -227,6 +299,7 @@ class Vcpu(Handle):
         if lib.hv_vcpu_close(self._c, _CLOSE_WAIT_NS) < 0:
             raise BusyError("Vcpu.close", repr(self), "its thread does not leave KVM_RUN")
         self._point(_CLOSED)
+        self._synchronizer = None
         self.vm._vcpus.pop(self.id, None)
         if self._batch is not None:
             self._batch._vcpu = None
@@ -253,8 +326,12 @@ class Vcpu(Handle):
 
     def run_until(self, deadline_ns: int) -> Exit:
         """run() with a deadline: CLOCK_MONOTONIC (time.monotonic_ns) in ns; 0: none."""
-        while (word := lib.hv_run_until(self._c, self._until(deadline_ns))) in (lib.HV_RETRY, lib.HV_RING_FULL):
-            self._between(word)
+        while (word := lib.hv_run_until(self._c, self._until(deadline_ns))) in _BETWEEN:
+            try:
+                self._between(word)
+            except BaseException:
+                lib.hv_run_ends(self._c)
+                raise
         return self._exit(word)
 
     def _deadline(self, timeout: float | None) -> int:
@@ -269,6 +346,8 @@ class Vcpu(Handle):
         if word == lib.HV_RING_FULL:
             if self._batch is not None:
                 self._batch._spill()
+        elif word == lib.HV_DIRTY:
+            self._flush()
         else:
             _register_at_exit()
 
@@ -395,6 +474,16 @@ class Vcpu(Handle):
         if rc:
             raise self._run_error(rc)
 
+    def _complete_for_change(self) -> None:
+        # The same for who is about to change the state: a further exit that is a read must be answered first, or its
+        # instruction would end upon the new state.
+        if self._c.dirty:
+            self._flush()
+        rc = lib.hv_claim(self._c)
+        if rc:
+            raise self._run_error(rc)
+        lib.hv_unclaim(self._c)
+
     @property
     def batch(self) -> Batch | None:
         """The Batch that serves exits in C, or None.  Set it while the vCPU is not running (else BusyError)."""
@@ -471,51 +560,85 @@ class Vcpu(Handle):
 
     # ---- state ----
 
-    regs: StructItem[kvm_regs] = StructItem(
+    def ioctl(self, name: str, arg: Any = None) -> int:
+        """Issue any ioctl of a vCPU by name; see Handle.ioctl."""
+        with _Changing(self):
+            try:
+                return super().ioctl(name, arg)
+            finally:
+                if name in _LIMITING:
+                    self._state = None
+
+    def _changing(self) -> _Changing:
+        return _Changing(self)
+
+    def _settled(self) -> int:
+        # The fd, for an ioctl that gets state and changes none.
+        self._settle()
+        return self._open_fd()
+
+    def _settle(self) -> None:
+        # KVM has what was written, be it registers or a whole state.
+        if self._c.dirty:
+            self._flush()
+        lib.hv_settle(self._c)
+
+    def _flush(self) -> None:
+        # The state that hvmodel.state.sync has is put.
+        if self._synchronizer is not None:
+            self._synchronizer.flush()
+
+    regs: StructItem[kvm_regs] = _Got(
         "KVM_GET_REGS", "KVM_SET_REGS", "kvm_regs", "General registers, RIP and RFLAGS (4.11, 4.12)."
     )
-    sregs: StructItem[kvm_sregs] = StructItem(
+    sregs: StructItem[kvm_sregs] = _SregsItem(
         "KVM_GET_SREGS", "KVM_SET_SREGS", "kvm_sregs", "Segments, descriptor tables, control registers, EFER (4.13)."
     )
-    sregs2: StructItem[kvm_sregs2] = StructItem(
+    sregs2: StructItem[kvm_sregs2] = _SregsItem(
         "KVM_GET_SREGS2", "KVM_SET_SREGS2", "kvm_sregs2", "As sregs, with the PDPTRs (KVM_CAP_SREGS2)."
     )
-    fpu: StructItem[kvm_fpu] = StructItem("KVM_GET_FPU", "KVM_SET_FPU", "kvm_fpu", "x87 and SSE state (4.22).")
+    fpu: StructItem[kvm_fpu] = _Got("KVM_GET_FPU", "KVM_SET_FPU", "kvm_fpu", "x87 and SSE state (4.22).")
     xsave: StructItem[kvm_xsave] = _XsaveItem(
         "KVM_GET_XSAVE",
         "KVM_SET_XSAVE",
         "kvm_xsave",
         "The XSAVE area (KVM_CAP_XSAVE): 4096 bytes, or as many as KVM_CAP_XSAVE2 says, got with KVM_GET_XSAVE2.",
     )
-    xcrs: StructItem[kvm_xcrs] = StructItem("KVM_GET_XCRS", "KVM_SET_XCRS", "kvm_xcrs", "XCR0 (KVM_CAP_XCRS).")
-    debugregs: StructItem[kvm_debugregs] = StructItem(
+    xcrs: StructItem[kvm_xcrs] = _Got("KVM_GET_XCRS", "KVM_SET_XCRS", "kvm_xcrs", "XCR0 (KVM_CAP_XCRS).")
+    debugregs: StructItem[kvm_debugregs] = _Got(
         "KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS", "kvm_debugregs", "DR0 to DR3, DR6, DR7 (KVM_CAP_DEBUGREGS)."
     )
-    vcpu_events: StructItem[kvm_vcpu_events] = StructItem(
+    vcpu_events: StructItem[kvm_vcpu_events] = _Taken(
         "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "kvm_vcpu_events", "Pending and injected events (4.31)."
     )
-    mp_state: StructItem[kvm_mp_state] = StructItem(
+    mp_state: StructItem[kvm_mp_state] = _Taken(
         "KVM_GET_MP_STATE", "KVM_SET_MP_STATE", "kvm_mp_state", "KVM_MP_STATE_*: runnable 0, halted 3, ... (4.38)."
     )
-    lapic: StructItem[kvm_lapic_state] = StructItem(
+    lapic: StructItem[kvm_lapic_state] = _Got(
         "KVM_GET_LAPIC", "KVM_SET_LAPIC", "kvm_lapic_state", "The local APIC page; EINVAL without an in-kernel one."
     )
-    guest_debug: StructItem[kvm_guest_debug] = StructItem(
+    guest_debug: StructItem[kvm_guest_debug] = _Got(
         None, "KVM_SET_GUEST_DEBUG", "kvm_guest_debug", "Breakpoints and single-stepping; can only be set (4.87)."
     )
 
     @property
     def tsc_khz(self) -> int:
-        """Guest TSC frequency in kHz (KVM_GET_TSC_KHZ).  KVM_SET_TSC_KHZ: EINVAL where the host cannot scale."""
-        return self._check("KVM_GET_TSC_KHZ", lib.kvm_get_tsc_khz(self.fd))
+        """Guest TSC frequency in kHz, up to 0x7fffffff (KVM_GET_TSC_KHZ).
+
+        KVM_SET_TSC_KHZ: EINVAL where the host cannot scale.
+        """
+        return self._check("KVM_GET_TSC_KHZ", lib.kvm_get_tsc_khz(self._settled()))
 
     @tsc_khz.setter
     def tsc_khz(self, khz: int) -> None:
-        rc = lib.kvm_set_tsc_khz(self.fd, _uint("KVM_SET_TSC_KHZ", "tsc_khz", khz))
+        value = _uint("KVM_SET_TSC_KHZ", "tsc_khz", khz, 31)  # more, and KVM_GET_TSC_KHZ would return it as an error
+        with self._changing():
+            rc = lib.kvm_set_tsc_khz(self._open_fd(), value)
         self._check("KVM_SET_TSC_KHZ", rc, "tsc_khz", khz, "the host's own frequency, or any with KVM_CAP_TSC_CONTROL")
 
     def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """KVM_GET_MSRS: MSR index -> value.  PartialError names the first MSR that KVM does not know or let read."""
+        self._settle()
         return get_msrs(self, indices)
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
@@ -530,7 +653,8 @@ class Vcpu(Handle):
             for at, (index, value) in enumerate(chunk):
                 table.entries[at].index = _uint(call, "index", index)
                 table.entries[at].data = _uint(call, f"values[{index:#x}]", value, 64)
-            done = self._check(call, lib.kvm_set_msrs(self.fd, table))
+            with self._changing():
+                done = self._check(call, lib.kvm_set_msrs(self._open_fd(), table))
             if done < len(chunk):
                 raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done][0], "index")
 
@@ -543,7 +667,9 @@ class Vcpu(Handle):
         call = "KVM_SET_CPUID2"
         table: Any = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
         try:
-            rc = lib.kvm_set_cpuid2(self.fd, table)
+            with self._changing():
+                rc = lib.kvm_set_cpuid2(self._open_fd(), table)
+                self._state = None
         except TypeError:
             raise ArgumentTypeError(call, "entries", entries, "CpuidEntry values or a 'struct kvm_cpuid2 *'") from None
         detail = None
@@ -553,7 +679,7 @@ class Vcpu(Handle):
 
     def get_cpuid2(self) -> list[CpuidEntry]:
         """KVM_GET_CPUID2: the leaves as KVM keeps them, which may differ from what was set."""
-        rc, table = cpuid._fetch(lambda t: lib.kvm_get_cpuid2(self.fd, t))
+        rc, table = cpuid._fetch(lambda t: lib.kvm_get_cpuid2(self._settled(), t))
         self._check("KVM_GET_CPUID2", rc)
         return cpuid._unpack(table)
 
@@ -564,29 +690,37 @@ class Vcpu(Handle):
         in-kernel PIC.
         """
         arg = ffi.new("struct kvm_interrupt *", {"irq": _uint("KVM_INTERRUPT", "vector", vector)})
-        self._check("KVM_INTERRUPT", lib.kvm_interrupt(self.fd, arg), "vector", vector, "0 to 255")
+        with self._changing():
+            rc = lib.kvm_interrupt(self._open_fd(), arg)
+        self._check("KVM_INTERRUPT", rc, "vector", vector, "0 to 255")
 
     def nmi(self) -> None:
         """KVM_NMI: inject a non-maskable interrupt (KVM_CAP_USER_NMI)."""
-        self._check("KVM_NMI", lib.kvm_nmi(self.fd))
+        with self._changing():
+            self._check("KVM_NMI", lib.kvm_nmi(self._open_fd()))
 
     def smi(self) -> None:
         """KVM_SMI: inject a system management interrupt (KVM_CAP_X86_SMM)."""
-        self._check("KVM_SMI", lib.kvm_smi(self.fd))
+        with self._changing():
+            self._check("KVM_SMI", lib.kvm_smi(self._open_fd()))
 
     def translate(self, gva: int) -> Translation:
         """KVM_TRANSLATE: where the guest's page tables lead from linear address `gva`; sets accessed bits."""
         arg = ffi.new("struct kvm_translation *", {"linear_address": _uint("KVM_TRANSLATE", "gva", gva, 64)})
-        self._check("KVM_TRANSLATE", lib.kvm_translate(self.fd, arg), "gva", gva)
+        self._check("KVM_TRANSLATE", lib.kvm_translate(self._settled(), arg), "gva", gva)
         return Translation(arg.physical_address, bool(arg.valid), bool(arg.writeable), bool(arg.usermode))
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
         """KVM_ENABLE_CAP on the vCPU; see Vm.enable_cap."""
-        return _enable_cap(self, cap, args, flags)
+        with self._changing():
+            try:
+                return _enable_cap(self, cap, args, flags)
+            finally:
+                self._state = None
 
     def stats_fd(self) -> int:
         """KVM_GET_STATS_FD: a new file descriptor of the vCPU's statistics; the caller's to close."""
-        return self._check("KVM_GET_STATS_FD", lib.kvm_get_stats_fd(self.fd))
+        return self._check("KVM_GET_STATS_FD", lib.kvm_get_stats_fd(self._open_fd()))
 
 
 _MSR_CHUNK = 255  # KVM takes fewer than 256 at once (linux:arch/x86/kvm/x86.c MAX_IO_MSRS@v6.18)
@@ -605,7 +739,7 @@ def get_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
         table = ffi.new("struct kvm_msrs *", {"nmsrs": len(chunk), "entries": len(chunk)})
         for at, index in enumerate(chunk):
             table.entries[at].index = _uint(call, f"indices[{first + at}]", index)
-        done = handle._check(call, lib.kvm_get_msrs(handle.fd, table))
+        done = handle._check(call, lib.kvm_get_msrs(handle._open_fd(), table))
         values |= {table.entries[at].index: table.entries[at].data for at in range(done)}
         if done < len(chunk):
             raise PartialError(errno.EINVAL, call, first + done, len(rows), chunk[done], "index")

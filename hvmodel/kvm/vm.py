@@ -68,10 +68,11 @@ class Vm(Handle):
     """
 
     scope = "vm"
-    __slots__ = ("_mmap_size", "_pinned", "_slot_lock", "_slots", "_vcpus")
+    __slots__ = ("_changes", "_mmap_size", "_pinned", "_slot_lock", "_slots", "_vcpus")
 
     def __init__(self, fd: int, kvm: Kvm) -> None:
         super().__init__(fd, kvm)
+        self._changes = 0  # of capabilities, memslots, ...: what KVM goes by when it takes a vCPU's state
         self._mmap_size = kvm.vcpu_mmap_size
         self._slot_lock = allocate_lock()  # a slot is changed and noted, or looked up and used, in one step
         self._slots = _SlotMap()
@@ -105,6 +106,7 @@ class Vm(Handle):
 
     def ioctl(self, name: str, arg: Any = None) -> int:
         """As Handle.ioctl.  A memslot that is set in this way is noted in `memslots`, and pins no memory."""
+        self._changes += 1
         if name not in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):
             return super().ioctl(name, arg)
         with self._slot_lock:
@@ -131,6 +133,7 @@ class Vm(Handle):
         Raises UnsupportedError where KVM_CHECK_EXTENSION says 0 (some kernels accept what they do not have), KvmError
         EINVAL for arguments or a time that the capability does not allow (many must come before the first vCPU).
         """
+        self._changes += 1
         return _enable_cap(self, cap, args, flags)
 
     # ---- vCPUs and devices ----
@@ -319,6 +322,7 @@ class Vm(Handle):
 
     def _set(self, fd: int, entry: MemSlot, *, second: bool = False, slots: dict[int, MemSlot] | None = None) -> None:
         # The ioctl, or its refusal explained by the slots of that moment.
+        self._changes += 1
         if second:
             arg2 = ffi.new(
                 "struct kvm_userspace_memory_region2 *",
@@ -717,7 +721,7 @@ def _enable_cap(handle: Handle, cap: int, args: tuple[int, ...], flags: int) -> 
         raise ArgumentError(call, "args", len(args), "up to four arguments")
     values = [_uint(call, f"args[{at}]", arg, 64) for at, arg in enumerate(args)]
     arg = ffi.new("struct kvm_enable_cap *", {"cap": cap, "flags": flags, "args": values})
-    fd = handle.fd
+    fd = handle._open_fd()
     if handle._extension(cap) == 0:
         from ..errors import UnsupportedError
 

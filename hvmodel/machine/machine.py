@@ -20,6 +20,7 @@ from ..kvm import exits as kvm_exits
 from ..kvm.batch import Batch
 from ..kvm.exits import (
     Again,
+    Debug,
     FailEntry,
     Hlt,
     HostFault,
@@ -93,7 +94,7 @@ class Stop(Value):
 
     `reason`: "halted" (HLT, and nothing can wake it), "debug-exit" (a write to the debug-exit port), "shutdown"
     (triple fault), "timeout", "interrupted" (a kick or a signal), "internal-error", "fail-entry", "host-fault",
-    "memory-fault", "system-event", or "exit" for any other.
+    "memory-fault", "system-event", "breakpoint" (or a watchpoint; see Cpu.add_breakpoint), or "exit" for any other.
     `exit`: the exit itself.  `report`: a crash report, where there is one.
     """
 
@@ -203,7 +204,7 @@ class Machine:
             self.vm.set_identity_map_addr(_IDENTITY_MAP)
             self.vm.set_tss_addr(_TSS)
             self.memory.add_listener(KvmMemoryListener(self.vm))
-            self.vcpu = Cpu(self.vm.create_vcpu(0), self.read)
+            self.vcpu = Cpu(self.vm.create_vcpu(0), self.read, self)
             self.vcpu.kvm.set_cpuid2(_guest_cpuid(self.kvm, 0))
         except BaseException:
             if hasattr(self, "vm") and self.vm not in self._owned:
@@ -406,10 +407,11 @@ class Machine:
             raise ClosedError(call, repr(self))
 
     def _exits(self, deadline: int) -> Iterator[Exit]:
-        run = self.vcpu.kvm.run_until
+        cpu = self.vcpu
+        run = cpu.kvm.run_until
         while True:
             try:
-                exit = run(deadline)
+                exit = run(deadline) if cpu._debugger is None else cpu._debugger.run_until(deadline)
             except UnansweredError:
                 if self.unclaimed != "open_bus" or not self._answer_ones():
                     raise
@@ -517,6 +519,8 @@ class Machine:
                 continue
             if isinstance(exit, Interrupted):
                 return Stop("timeout" if exit.cause == "timeout" else "interrupted", exit)
+            if type(exit) is Debug and exit.hits:
+                return Stop("breakpoint", exit)
             return Stop(_REASONS.get(type(exit), "exit"), exit)
 
     def _claim_debug_exit(self) -> None:

@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 __all__ = ["Check", "check", "registered", "run"]
 
 # modules of hvmodel.witness that hold checks
-MODULES = ("checks", "check_alloc", "check_pages", "check_layout", "check_flatview", "check_memslots")
+MODULES = (
+    "checks",
+    "check_alloc",
+    "check_pages",
+    "check_layout",
+    "check_flatview",
+    "check_memslots",
+    "check_exceptions",
+    "check_legal",
+    "check_refusals",
+    "check_sync",
+    "check_state",
+)
 
 _PREFIX = "check_"
 

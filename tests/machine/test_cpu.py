@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import hvmodel as hv
-from hvmodel._ffi import ffi, lib
+from hvmodel._ffi import lib
+from hvmodel.kvm import triple_fault
 from hvmodel.machine import Cpu, Location
 from tests.cases import cases
 from tests.need import need
@@ -140,13 +141,9 @@ def test_setting_state_finishes_the_exit_first(machine: hv.Machine) -> None:
 
 def test_instruction_bytes_as_far_as_there_is_ram(machine: hv.Machine) -> None:
     machine.write(0x1FFFF0, bytes(range(16)))
-    sregs = machine.vcpu.sregs
-    sregs.cs.base, sregs.cs.selector = 0x1F0000, 0x1F00
-    machine.vcpu.sregs = sregs
+    machine.vcpu.sregs = machine.vcpu.sregs.replace(**{"cs.base": 0x1F0000, "cs.selector": 0x1F00})
     for offset, insn in ((0xFFF0, bytes(range(15))), (0xFFFA, bytes(range(10, 16))), (0xFFFF, b"\x0f")):
-        regs = machine.vcpu.regs
-        regs.rip = offset
-        machine.vcpu.regs = regs
+        machine.vcpu.rip = offset
         assert machine.vcpu.location().insn == insn
 
 
@@ -183,48 +180,33 @@ def test_the_linear_address_of_every_mode(
 
 
 @pytest.mark.parametrize("smm", [0, 1])
-def test_a_state_to_start_in_is_out_of_smm_where_there_is_smm(smm: int) -> None:
+def test_a_state_to_start_in_is_out_of_smm_where_there_is_smm(smm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # KVM_CAP_X86_SMM is asked for once; its flag makes KVM take events.smi, all zeros.
     asked, events = [], []
 
     class Fake:
-        """What Cpu uses of a Vcpu."""
+        """What a new Cpu asks of a Vcpu."""
 
         id = 0
-        kvm_run = SimpleNamespace()
-        regs = mp_state = None
+        _c = SimpleNamespace()
+        _address = 0
+        mp_state = None
 
         @property
         def vm(self) -> Any:
             return self
 
-        @property
-        def sregs(self) -> Any:
-            return ffi.new("struct kvm_sregs *")
-
-        @sregs.setter
-        def sregs(self, value: Any) -> None:
-            pass
-
-        @property
-        def vcpu_events(self) -> Any:
-            return None
-
-        @vcpu_events.setter
-        def vcpu_events(self, value: Any) -> None:
-            events.append((value.flags, value.smi.smm, value.smi.pending))
-
         def check_extension(self, cap: int) -> int:
             asked.append(cap)
             return smm if cap == lib.KVM_CAP_X86_SMM else 0
 
-        def complete_io(self) -> None:
-            pass
-
     fake: Any = Fake()
     cpu = Cpu(fake, lambda _gpa, _size: b"")
-    cpu.reset()
-    cpu.real_mode(0x7C00)
+    monkeypatch.setattr(
+        triple_fault, "drop_triple_fault", lambda _, new: events.append((new.flags, new.smi.smm, new.smi.pending))
+    )
+    cpu._begin()
+    cpu._begin()
     assert asked.count(117) == 1
     want = 0x1 | 0x4 | (0x8 if smm else 0)  # KVM_VCPUEVENT_VALID_NMI_PENDING, _SHADOW, _SMM
     assert events == [(want, 0, 0)] * 2

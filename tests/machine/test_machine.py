@@ -181,9 +181,7 @@ def test_a_guest_reads_above_4_gib_what_the_host_wrote_and_the_reverse() -> None
         rip = machine.vcpu.location().rip
         machine.write(rip, bytes.fromhex("c6470166 8a07 ee"))  # mov byte [rdi+1], 0x66; mov al, [rdi]; out dx, al
         machine.write(above, b"\xa7")
-        sregs = machine.vcpu.sregs
-        sregs.cr3 = sregs.cr3
-        machine.vcpu.sregs = sregs
+        machine.vcpu.sregs = machine.vcpu.sregs
         assert next(machine.exits(10)) == hv.IoOut(0x10, 1, 1, b"\xa7")
         assert machine.read(above, 2) == b"\xa7\x66"
 
