@@ -152,6 +152,7 @@ enum { WRITTEN, FILLED, GUARDED, BARRED, NR_BITMAPS };
 struct area {
 	uint64_t start, end, page_size, origin;
 	uint32_t mode;
+	int gone;		    /* unregistered: its bits are final */
 	uint64_t *bits[NR_BITMAPS]; /* one per page */
 };
 
@@ -547,7 +548,7 @@ int64_t hv_uffd_register(struct hv_uffd *u, uint64_t address, uint64_t length, u
 			 uint64_t page_size, uint64_t origin)
 {
 	struct registration r = {{address, length}, mode & ~HV_UFFD_ASYNC, 0};
-	struct area area = {address, address + length, page_size, origin, mode, {NULL}};
+	struct area area = {address, address + length, page_size, origin, mode, 0, {NULL}};
 	uint64_t nr_words = (length / page_size + 63) / 64;
 	struct area *areas;
 	int error = enter(u);
@@ -595,6 +596,7 @@ int64_t hv_uffd_register(struct hv_uffd *u, uint64_t address, uint64_t length, u
 
 int hv_uffd_unregister(struct hv_uffd *u, uint64_t address, uint64_t length)
 {
+	struct area *area;
 	int error = enter(u);
 
 	if (error)
@@ -602,6 +604,15 @@ int hv_uffd_unregister(struct hv_uffd *u, uint64_t address, uint64_t length)
 	error = unregister(u->fd, address, length);
 	if (error)
 		return leave(u, error);
+	/* A give_up() that has found the area is through with the page, and has noted it, or leaves
+	 * it alone. */
+	pthread_rwlock_wrlock(&u->pages);
+	pthread_mutex_lock(&u->lock);
+	area = area_of(u, address);
+	if (area)
+		area->gone = 1;
+	pthread_mutex_unlock(&u->lock);
+	pthread_rwlock_unlock(&u->pages);
 	forget_faults(u, address, length);
 	return leave(u, 0);
 }
@@ -673,6 +684,18 @@ static int is_there(uint64_t address)
 	return word >> 63 || (word >> 62 && (word & 31) != 31);
 }
 
+static int is_registered(struct hv_uffd *u, uint64_t address)
+{
+	struct area *area;
+	int is;
+
+	pthread_mutex_lock(&u->lock);
+	area = area_of(u, address);
+	is = area && !area->gone;
+	pthread_mutex_unlock(&u->lock);
+	return is;
+}
+
 static void give_up(struct hv_uffd *u, const struct hv_fault *fault)
 {
 	uint64_t page_size = PAGE, address;
@@ -693,7 +716,7 @@ static void give_up(struct hv_uffd *u, const struct hv_fault *fault)
 	} else if (area) {
 		/* Not by UFFDIO_POISON: a vCPU that runs natively is sent SIGBUS for that. */
 		pthread_rwlock_wrlock(&u->pages);
-		if (!is_there(address)) {
+		if (is_registered(u, address) && !is_there(address)) {
 			if (madvise((void *)address, page_size, GUARD_INSTALL) == 0)
 				note(u, address, GUARDED);
 			else if (mprotect((void *)address, page_size, PROT_NONE) == 0)

@@ -94,14 +94,17 @@ class Kept:
         self.view, self.mapping, self.offset, self.size, self.writable = view, mapping, offset, len(view), writable
 
 
-kinds: dict[str, tuple[Callable[[World], object], float, str | None, bool]] = {}
+Kinds = dict[str, tuple[Callable[[Any], object], float, str | None, bool]]
+kinds: Kinds = {}
 
 
-def kind(weight: float = 1.0, needs: str | None = None, *, callbacks: bool = False) -> Callable[[Any], Any]:
+def kind(
+    weight: float = 1.0, needs: str | None = None, *, callbacks: bool = False, table: Kinds = kinds
+) -> Callable[[Any], Any]:
     """A kind of call, as likely as `weight`, that takes what tests.need calls `needs`, and may run our callbacks."""
 
-    def note(method: Callable[[World], object]) -> Callable[[World], object]:
-        kinds[method.__name__] = method, weight, needs, callbacks
+    def note(method: Callable[[Any], object]) -> Callable[[Any], object]:
+        table[method.__name__] = method, weight, needs, callbacks
         return method
 
     return note
@@ -180,6 +183,10 @@ class World:
             "4K", "x", "", "\0", "\ud800", "x" * 300, b"", b"abc", True, (), [], [None], {}, {1: 2}, object(), closed,
             range(3), memoryview(b"abcdef")[::2],
         ]  # fmt: skip
+
+    @classmethod
+    def warm(cls) -> None:
+        """What stays open for the rest of the process."""
 
     # ---- picking ----
 
@@ -1095,7 +1102,9 @@ def available(needs: str | None) -> bool:
     return needs is None or lacking(needs) is None
 
 
-def main(seed: int, number: int, limit: float, directories: list[str]) -> None:
+def main(
+    seed: int, number: int, limit: float, directories: list[str], kinds: Kinds = kinds, make: type[World] = World
+) -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(limit, exit=True)
     warnings.simplefilter("ignore")
@@ -1103,17 +1112,18 @@ def main(seed: int, number: int, limit: float, directories: list[str]) -> None:
     have = {needs: available(needs) for needs in {entry[2] for entry in kinds.values()}}
     mine = {name: entry for name, entry in kinds.items() if have[entry[2]] and entry[1]}
     names, weights = list(mine), [entry[1] for entry in mine.values()]
-    if have["kvm"]:
+    if have.get("kvm"):
         with hv.Machine("64K") as warm:  # timers, caches
             warm.load(CODE, b"\xf4")
             warm.vcpu.real_mode(entry=CODE)
             warm.run(timeout=1)
-    if have["userfaultfd"]:
+    if have.get("userfaultfd"):
         with UserFaultFd() as uffd:
             uffd.serve(lambda fault: None)
     trace = os.environ.get("TRACE")
+    make.warm()
     before = held()
-    world = World(seed, directories)
+    world = make(seed, directories)
     rng = world.rng
     succeeded: Counter[str] = Counter()
     failed: Counter[str] = Counter()

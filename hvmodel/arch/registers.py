@@ -279,7 +279,7 @@ _tables: dict[type[IntFlag], tuple[str, ...]] = {}
 def _table(register: Any) -> tuple[str, ...]:
     try:
         return _tables[register]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):  # a ValueError of what has no hash
         pass
     if not (isinstance(register, type) and issubclass(register, IntFlag)):
         raise ArgumentTypeError("bit_names", "register", register, "a class of bits, as CR0")

@@ -145,6 +145,10 @@ class State:
         error: int = lib.hv_uffd_unregister(self.native, range_.start, range_.size)
         if error < 0:
             return error
+        self._end_range(range_)
+        return 0
+
+    def _end_range(self, range_: Range) -> None:
         self.ranges.remove(range_)
         self.note_filled(range_)
         mapping = range_.mapping
@@ -154,7 +158,6 @@ class State:
                     mapping._forbid(first, last - first, why)
         lib.hv_uffd_forget(self.native, range_.start)
         range_.let_go()
-        return 0
 
     def take(self, range_: Range, which: int) -> list[tuple[int, int]]:
         """[first, last) in the mapping of each run of pages whose bit is set; the bits are cleared."""
@@ -194,8 +197,7 @@ class State:
             self.stop()
             for range_ in self.ranges[:]:
                 if self.unregister(range_) < 0:
-                    self.ranges.remove(range_)
-                    range_.let_go()
+                    self._end_range(range_)
         lib.hv_uffd_close(self.native)
 
 

@@ -262,7 +262,8 @@ class Cpu(_Registers):
 
             changed = refusals.dropped(kvm, "sregs", bytes(value))
             if changed is not None:
-                self._set_sregs(before)
+                if self._set_sregs(before):  # KVM can have given what it does not take: EFER.LMA without LME
+                    changed.add_note("sregs could not be put back")
                 raise changed
 
     def _set_sregs(self, value: Sregs) -> int:

@@ -27,7 +27,7 @@ from ..arch.paging import PageTables
 from ..arch.registers import is_canonical
 from ..arch.segment import Descriptor, real_mode_segment
 from ..arch.tables import DescriptorTable, Idt, io_bitmap, tss32, tss64
-from ..errors import ArgumentError, ArgumentTypeError, ChangedStateError
+from ..errors import ArgumentError, ArgumentTypeError, ChangedStateError, HvError
 from ..state.values import DTable, Regs, Segment, Sregs
 from ..units import PAGE_SIZE, GiB, MiB, align_down, align_up
 from ..value import Value
@@ -483,7 +483,8 @@ def _set(cpu: Cpu, call: str, memory: list[tuple[int, bytes]], sregs: Sregs, reg
     kvm, machine = cpu.kvm, cpu._machine
     assert machine is not None
     kvm._complete_for_change()
-    before = cpu.sregs, cpu.regs, kvm.vcpu_events, kvm.mp_state
+    parts = ((cpu, "sregs"), (cpu, "regs"), (kvm, "vcpu_events"), (kvm, "mp_state"))
+    before = [getattr(owner, name) for owner, name in parts]
     overwritten = [(gpa, machine.read(gpa, len(data))) for gpa, data in memory]
     try:
         for gpa, data in memory:  # before the registers: with PAE paging, KVM reads the tables when CR3 is set
@@ -494,8 +495,12 @@ def _set(cpu: Cpu, call: str, memory: list[tuple[int, bytes]], sregs: Sregs, reg
             detail = "it clears RFLAGS.VM: no virtual-8086 mode (kvm_pvm); real_mode() runs the same code"
             raise ChangedStateError(call, "regs", "rflags", regs.rflags, became, detail, "rflags_vm")
         cpu._begin()
-    except BaseException:
+    except BaseException as error:
         for gpa, data in overwritten:
             machine.write(gpa, data)
-        cpu.sregs, cpu.regs, kvm.vcpu_events, kvm.mp_state = before
+        for (owner, name), value in zip(parts, before, strict=True):
+            try:
+                setattr(owner, name, value)
+            except HvError as refused:  # KVM can have given what it does not take: EFER.LMA without LME
+                error.add_note(f"{name} could not be put back: {refused}")
         raise

@@ -257,10 +257,13 @@ def _put_delivered(vcpu: Vcpu, before: VcpuEvents, model: ExceptionQueue, sregs:
                 done.append(name)
                 setattr(vcpu, name, struct)
         _put(vcpu, _as_put(before, model))
-    except BaseException:
+    except BaseException as error:
         for name in done:
             ffi.memmove(new[name], old[name], len(old[name]))
-            setattr(vcpu, name, new[name])
+            try:
+                setattr(vcpu, name, new[name])
+            except KvmError as refused:  # KVM can have given what it does not take: EFER.LMA without LME
+                error.add_note(f"{name} could not be put back: {refused}")
         if "regs" in done:  # KVM_SET_REGS drops an exception that is pending
             _put(vcpu, before.replace(flags=0))
         raise

@@ -30,6 +30,7 @@ _HEADERS = {
     "vmx": (_VMX, ("vmxon_pa", "vmcs12_pa", "smm_flags", "pad", "vmx_flags", "preemption_timer_deadline")),
     "svm": (_SVM, ("vmcb_pa",)),
 }
+_NAMES = tuple([name for _, names in _HEADERS.values() for name in names])
 
 
 class NestedState(Packed):
@@ -50,7 +51,7 @@ class NestedState(Packed):
         ArgumentError: no such format or field, a number that does not fit.
         """
         call = "NestedState.make"
-        if format not in _HEADERS:
+        if format not in tuple(_HEADERS):  # whatever it is, a dict would want it hashable
             raise ArgumentError(call, "format", format, " or ".join(_HEADERS))
         code, names = _HEADERS[format]
         for name, value in {"flags": flags, **header}.items():
@@ -132,6 +133,9 @@ class NestedState(Packed):
             raise ArgumentTypeError(call, "format", document["format"], " or ".join(_HEADERS))
         if not isinstance(document["header"], dict):
             raise ArgumentTypeError(call, "header", document["header"], "an object (dict)")
+        unknown = next((name for name in document["header"] if name not in _NAMES), None)
+        if unknown is not None:
+            raise ArgumentError(call, "header", unknown, ", ".join(_NAMES), "there is no such field")
         try:
             data, rest = bytes.fromhex(document["data"]), bytes.fromhex(document.get("rest", ""))
         except (TypeError, ValueError):

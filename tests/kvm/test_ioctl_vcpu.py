@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvmodel._ffi import ffi, lib
-from hvmodel.errors import KvmError, PartialError
+from hvmodel.errors import ArgumentError, KvmError, PartialError
 from hvmodel.kvm import CpuidEntry, Kvm, Vcpu, Vm
 from hvmodel.kvm.exits import Debug, Hlt, IoOut
 from hvmodel.witness import Stats
@@ -375,6 +375,9 @@ def test_the_tsc_runs_at_its_frequency(vcpu: Vcpu) -> None:
 def test_the_tsc_frequency_can_be_set_to_what_it_is(vcpu: Vcpu) -> None:
     khz = vcpu.tsc_khz
     vcpu.tsc_khz = khz
+    assert vcpu.tsc_khz == khz
+    with pytest.raises(ArgumentError, match="tsc_khz"):  # KVM takes it, and KVM_GET_TSC_KHZ returns it as an int
+        vcpu.tsc_khz = 1 << 31
     assert vcpu.tsc_khz == khz
     if vcpu.vm.check_extension(lib.KVM_CAP_TSC_CONTROL):
         vcpu.tsc_khz = khz // 2

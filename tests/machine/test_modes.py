@@ -658,6 +658,26 @@ def test_a_late_refusal_leaves_no_trace(machine: hv.Machine, monkeypatch: pytest
     assert everything(machine) == before
 
 
+def test_what_cannot_be_put_back_is_told_of(machine: hv.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # KVM_SET_MSRS clears EFER.LME under paging and keeps LMA; KVM_SET_SREGS refuses the two together.
+    from hvmodel.machine import modes
+
+    cpu = machine.vcpu
+    machine.load(ENTRY, WHERE)
+    cpu.long_mode(ENTRY)
+    cpu.kvm.set_msrs({0xC0000080: 0})
+    assert cpu.sregs.efer == 0x400
+    regs, memory = cpu.regs, machine.read(0, RAM)
+    monkeypatch.setattr(modes, "Regs", lambda **_: "no registers")
+    with pytest.raises(ArgumentTypeError) as caught:
+        cpu.vm86_mode(ENTRY, tables=0x40000)
+    monkeypatch.undo()
+    (note,) = caught.value.__notes__
+    assert note.startswith("sregs could not be put back")
+    assert "EFER.LMA" in note
+    assert (cpu.regs, machine.read(0, RAM)) == (regs, memory)
+
+
 def test_an_unanswered_read_comes_first(machine: hv.Machine) -> None:
     machine.load(ENTRY, bytes.fromhex("e410 f4"))
     machine.vcpu.real_mode(ENTRY)

@@ -268,6 +268,18 @@ def test_registers_are_put_back_where_the_kernel_refuses(
 RIGHT = type(Vcpu.__dict__["regs"])._store
 
 
+def test_registers_that_kvm_gives_and_does_not_take(plain: LongMode) -> None:
+    # KVM_SET_MSRS clears EFER.LME under paging and keeps LMA; KVM_SET_SREGS, for CR2, refuses the two together.
+    plain.start(HLT)
+    plain.vcpu.set_msrs({0xC0000080: 0})
+    assert plain.vcpu.sregs.efer == 0x400
+    before = state_of(plain.vcpu)
+    with pytest.raises(KvmError, match="KVM_SET_SREGS") as caught:
+        inject_exception(plain.vcpu, 14, 2, 0x5000)
+    assert any(note.startswith("sregs could not be put back") for note in caught.value.__notes__)
+    assert state_of(plain.vcpu) == before
+
+
 def test_an_exception_that_waited_is_put_back_too(plain: LongMode, monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel's own #PF is pending, and KVM_SET_REGS, for RFLAGS.RF of the #UD to come, drops what is pending.
     (page_fault,) = [second for second in check_exceptions._SECONDS if second.vector == 14]

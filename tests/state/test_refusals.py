@@ -519,6 +519,7 @@ BAD_INPUT: list[tuple[Any, Any, type[HvError], str]] = [
     ("nothing", DebugRegs(), ArgumentError, "part"),
     (3, DebugRegs(), ArgumentTypeError, "part"),
     ("debugregs", 5, ArgumentTypeError, "value"),
+    ("debugregs", 1 << 60, ArgumentTypeError, "value"),  # bytes() of it would be an exbibyte
     ("debugregs", "text", ArgumentTypeError, "value"),
     ("debugregs", None, ArgumentTypeError, "value"),
     ("debugregs", [1, 2], ArgumentTypeError, "value"),

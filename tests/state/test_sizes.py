@@ -23,6 +23,7 @@ from hvmodel.state import (
     NestedState,
     Pic,
     PicState,
+    Regs,
     TscKhz,
     VcpuState,
     Xsave,
@@ -412,3 +413,32 @@ def test_wrong_chips_and_frequencies() -> None:
             TscKhz.of(khz)
     with pytest.raises(ArgumentError):
         TscKhz.from_bytes(b"123")
+    with pytest.raises(ArgumentError):
+        TscKhz.from_bytes(b"\0\0\0\x80")
+
+
+def test_values_of_any_size_that_cannot_be() -> None:
+    for kind in (Xsave, NestedState, TscKhz):
+        with pytest.raises(ArgumentTypeError, match=r"by from_bytes\(\)"):
+            kind()
+    area = Xsave.initial()
+    for size in (1 << 40, -1, 4095, "x", None, True):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match="Xsave"):
+            Xsave.initial(size)  # type: ignore[arg-type]
+    for number in (-1, 64, 1 << 70, "x"):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match="number"):
+            area.is_initial(number)  # type: ignore[arg-type]
+        with pytest.raises((ArgumentError, ArgumentTypeError), match="number"):
+            area.component(Component(number, "AVX", 576, 256))  # type: ignore[arg-type]
+    for offset, size in ((-16, 16), (576, -1), ("x", 16), (1 << 70, 16)):
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=r"offset|size"):
+            area.component(Component(2, "AVX", offset, size))  # type: ignore[arg-type]
+    made = NestedState.make("svm").to_json()
+    for header in ({5: 1}, {"format": 1}, {"flags": 1}):
+        with pytest.raises(ArgumentError, match="no such field"):
+            NestedState.from_json(made | {"header": header})
+    with pytest.raises(ArgumentTypeError, match="names of fields"):
+        Regs.from_json({5: 1})
+    for indices in (5, [None]):
+        with pytest.raises(ArgumentTypeError):
+            Msrs({0x10: 5}).only(indices)  # type: ignore[arg-type]

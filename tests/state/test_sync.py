@@ -399,3 +399,9 @@ def test_a_vcpu_that_is_gone(kvm: Kvm) -> None:
     with pytest.raises(hv.ClosedError):
         sync.synchronize_state()
     assert "VcpuSync" in repr(sync)
+
+
+def test_all_states_are_those_of_a_machine() -> None:
+    for nothing in (None, 5, "machine"):
+        with pytest.raises(hv.ArgumentTypeError, match="synchronize_all"):
+            sync_module.synchronize_all_states(nothing)  # type: ignore[arg-type]
