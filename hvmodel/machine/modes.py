@@ -23,6 +23,7 @@ Sources: Intel SDM vol. 3 sections 3.4 (segments), 5.1 (paging modes), 8.2 and 8
 from __future__ import annotations
 
 from ..arch.cpuid import has_feature, max_phys_bits
+from ..arch.number import number
 from ..arch.paging import PageTables
 from ..arch.registers import is_canonical
 from ..arch.segment import Descriptor, real_mode_segment
@@ -175,7 +176,7 @@ def vm86_mode(
     """Put a vCPU into virtual-8086 mode: see Cpu.vm86_mode."""
     call = "Cpu.vm86_mode"
     cs, ip = _real_address(call, entry, cs, sp)
-    _integer(call, "iopl", iopl, 3)
+    number(call, "iopl", iopl, 3)
     mode = _Mode(call, 16, False, True, None, None, handlers, io_bitmap(ports, call), tables)
     entries = cpu.kvm.get_cpuid2()
     placed, memory = _plan(cpu, mode, entries, entry, None)
@@ -190,9 +191,9 @@ def vm86_mode(
 def _start(cpu: Cpu, mode: _Mode, entry: int, stack: int | None) -> ModeTables:
     # All but virtual-8086 mode: segments that begin at 0 and have all there is.
     last = (1 << mode.bits) - 1
-    _integer(mode.call, "entry", entry, last)
+    number(mode.call, "entry", entry, last)
     if stack is not None:
-        _integer(mode.call, "stack", stack, last if mode.bits == 64 else last + 1)
+        number(mode.call, "stack", stack, last if mode.bits == 64 else last + 1)
         if not stack:
             raise ArgumentError(mode.call, "stack", stack, "an address below which the stack grows, or None")
     entries = cpu.kvm.get_cpuid2()
@@ -259,7 +260,7 @@ def _place(machine: Machine, mode: _Mode, entries: list[CpuidEntry]) -> tuple[in
         # Two tables more where the tables are cut out of larger pages, at the start and at the end.
         size += _identity(machine, mode, entries, 0, None).size + 2 * PAGE_SIZE * mode.user
     if mode.tables is not None:
-        _integer(call, "tables", mode.tables, (1 << 32) - size)
+        number(call, "tables", mode.tables, (1 << 32) - size)
         if mode.tables % PAGE_SIZE:
             raise ArgumentError(call, "tables", mode.tables, "a multiple of 0x1000")
         start = mode.tables
@@ -329,9 +330,9 @@ def _idt(mode: _Mode) -> bytes:
         raise ArgumentTypeError(mode.call, "handlers", mode.handlers, accepted)
     idt = Idt(bits)  # type: ignore[arg-type]  # 32 or 64
     for vector, address in mode.handlers.items():
-        _integer(mode.call, "handlers", vector, 255)
+        number(mode.call, "handlers", vector, 255)
         field = f"handlers[{vector}]"
-        _integer(mode.call, field, address, (1 << bits) - 1)
+        number(mode.call, field, address, (1 << bits) - 1)
         if bits == 64 and not is_canonical(address, la57=mode.paging == "5level"):
             raise ArgumentError(mode.call, field, address, "a canonical address")
         # As Linux has it, INT3 and INTO may be used at CPL 3; other vectors by INT n of user code take an Idt.
@@ -431,13 +432,6 @@ def _one_of(call: str, field: str, value: object, accepted: tuple[object, ...]) 
     # 4.0 and True are equal to numbers, and none.
     if not any(type(value) is type(one) and value == one for one in accepted):
         raise ArgumentError(call, field, value, ", ".join(map(repr, accepted)))
-
-
-def _integer(call: str, field: str, value: object, last: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(call, field, value, "an int")
-    if not 0 <= value <= last:
-        raise ArgumentError(call, field, value, f"0 to {last:#x}")
 
 
 # ---- registers ----

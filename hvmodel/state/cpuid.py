@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from ..arch.number import number as _number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kvm.cpuid import KVM_MAX_CPUID_ENTRIES, CpuidEntry
 from .record import Difference, Packed
@@ -26,6 +27,7 @@ __all__ = ["CpuidTable"]
 _HEAD = Struct("<II")
 _ENTRY = Struct("<10I")
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
+_MAX = (1 << 32) - 1
 _BY_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
 
@@ -33,14 +35,6 @@ def _leaf(entry: tuple[int, ...]) -> str:
     # The path of an entry: "[0x1]", or "[0x7, 0]" where the subleaf counts.
     function, index, flags = entry[:3]
     return f"[{function:#x}, {index:#x}]" if flags & _BY_INDEX else f"[{function:#x}]"
-
-
-def _number(call: str, field: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(call, field, value, "an int")
-    if not 0 <= value < 1 << 32:
-        raise ArgumentError(call, field, value, "0 to 0xffffffff")
-    return int(value)
 
 
 class CpuidTable(Packed):
@@ -68,7 +62,7 @@ class CpuidTable(Packed):
         for at, row in enumerate(rows):
             if not isinstance(row, CpuidEntry):
                 raise ArgumentTypeError(call, f"entries[{at}]", row, "a CpuidEntry")
-            numbers = [_number(call, f"entries[{at}].{name}", getattr(row, name)) for name in CpuidEntry.fields()]
+            numbers = [_number(call, f"entries[{at}].{name}", getattr(row, name), _MAX) for name in CpuidEntry.fields()]
             data.append(_ENTRY.pack(*numbers, 0, 0, 0))
         object.__setattr__(self, "_data", b"".join(data))
 
@@ -153,7 +147,7 @@ class CpuidTable(Packed):
         for name, value in registers.items():
             if name not in _REGISTERS:
                 raise ArgumentError(call, name, value, ", ".join(_REGISTERS))
-            row[3 + _REGISTERS.index(name)] = _number(call, name, value)
+            row[3 + _REGISTERS.index(name)] = _number(call, name, value, _MAX)
         return self._of(self._data[:at] + _ENTRY.pack(*row) + self._data[at + _ENTRY.size :])
 
     def items(self) -> Iterator[tuple[str, int | bytes]]:

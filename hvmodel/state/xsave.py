@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from ..arch.number import number as _number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
 from .cpuid import CpuidTable
@@ -109,14 +110,6 @@ def components(cpuid: Iterable[CpuidEntry]) -> tuple[Component, ...]:
             name = COMPONENTS.get(entry.index, f"component {entry.index}")
             found.append(Component(entry.index, name, entry.ebx, entry.eax))
     return tuple(sorted(found, key=lambda one: one.number))
-
-
-def _number(call: str, field: str, value: object, last: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(call, field, value, "an int")
-    if not 0 <= value <= last:
-        raise ArgumentError(call, field, value, f"0 to {last}")
-    return value
 
 
 class Xsave(Packed):

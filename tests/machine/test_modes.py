@@ -453,7 +453,7 @@ def test_what_own_page_tables_must_do(machine: hv.Machine) -> None:
         ("vm86_mode", {"entry": 0x10FFF0}, "entry", "0 to 0x10ffef"),
         ("vm86_mode", {"cs": 0x7C1}, "cs", "within 64 KiB"),
         ("vm86_mode", {"sp": 0x10000}, "sp", "0 to 0xffff"),
-        ("vm86_mode", {"iopl": 4}, "iopl", "0 to 0x3"),
+        ("vm86_mode", {"iopl": 4}, "iopl", "0 to 3"),
     ],
 )
 def test_arguments_that_are_refused(
