@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.need import NEEDS, _required, lacking
 
-_WITHOUT_KVM = ("errors", "units", "value", "arch", "host", "ram", "witness")
+_WITHOUT_KVM = ("errors", "finalizer", "units", "value", "arch", "mmu", "host", "ram", "witness")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,3 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.DoctestItem) and not any(f"hvmodel.{name}" in item.name for name in _WITHOUT_KVM):
             item.add_marker(pytest.mark.skip(reason=f"needs kvm: {why}"))
+
+
+def pytest_collection_finish() -> None:
+    # What thousands of tests are before they run stays for good: many call gc.collect(), which need not look at it each
+    # time.
+    gc.collect()
+    gc.freeze()

@@ -13,7 +13,7 @@ PACKAGE = Path(errors.__file__).parent
 
 # Names on one line are one floor and may import each other.
 FLOORS = (
-    ("errors", "units", "value"),
+    ("errors", "finalizer", "units", "value"),
     ("arch",),
     ("mmu", "mm", "vfs", "qom"),
     ("_native",),

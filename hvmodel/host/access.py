@@ -5,8 +5,8 @@ handles bytes.  What it knows, and by which rules: hvmodel.host.mapping.
 from __future__ import annotations
 
 import errno
+from _weakref import ref
 from time import sleep
-from weakref import ref
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError

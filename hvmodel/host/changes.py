@@ -11,8 +11,8 @@ Owns the bars (`Bar`) and the turns (`Change`).
 
 from __future__ import annotations
 
+from _weakref import ref
 from time import monotonic, sleep
-from weakref import ref
 
 from ..errors import BusyError, ClosedError
 from .views import ViewError

@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import errno
 import os
-from weakref import finalize, ref
+from _weakref import ref
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError
+from ..finalizer import Finalizer
 from ..units import PAGE_SIZE, Hva, parse_size
 from .access import PROT_EXEC, PROT_NONE, PROT_READ, PROT_WRITE, Access, Inside
 from .changes import Bar, Change
@@ -187,7 +188,7 @@ class Mapping(Access):
                 why = f"the host's pool has too few free huge pages of {page_size} bytes, or addresses are used up"
             raise HostError(-address, "mmap", field, value, accepted_, why)
         guard_size = PAGE_SIZE if align else 0
-        self._finalizer = finalize(self, _leaked, address, size, guard_size)
+        self._finalizer = Finalizer(self, _leaked, address, size, guard_size)
         # Not at exit: memory that is still handed out then must stay, and the kernel takes it back anyway.
         self._finalizer.atexit = False
         try:
@@ -479,7 +480,7 @@ class Mapping(Access):
                 self._base = holders[0]() or ffi.buffer(self._start, self._size)
                 self._inside = holders[1]() or Inside()
                 raise BusyError(call, repr(self), "another thread is in one of its methods")
-            if self._finalizer.detach() is not None:
+            if self._finalizer.detach():
                 error = lib.hv_munmap(self._hva, self._size + self._guard_size)
                 if error < 0:
                     raise HostError(-error, "munmap", "hva", self._hva)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import errno
 import os
-from weakref import finalize
 
 from .._ffi import lib
 from ..errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
+from ..finalizer import Finalizer
 from ..units import PAGE_SIZE, parse_size
 from .seals import (
     F_SEAL_EXEC,
@@ -203,7 +203,7 @@ class MemFd:
             raise
         self._fd, self._name, self._hugetlb = fd, name, bool(hugetlb)
         self._sealed = seals
-        self._finalizer = finalize(self, _leaked, fd, name)
+        self._finalizer = Finalizer(self, _leaked, fd, name)
 
     @classmethod
     def from_fd(cls, fd: int, *, size: int | str | None = None, seals: int = 0) -> Self:
@@ -243,7 +243,7 @@ class MemFd:
         memfd._fd, memfd._name = own, name
         memfd._page_size, memfd._hugetlb = page_size, page_size != PAGE_SIZE
         memfd._sealed = seals
-        memfd._finalizer = finalize(memfd, _leaked, own, name)
+        memfd._finalizer = Finalizer(memfd, _leaked, own, name)
         return memfd
 
     @property
@@ -318,7 +318,7 @@ class MemFd:
 
     def close(self) -> None:
         """Closes the descriptor; mappings of the file live on.  Closing twice is fine."""
-        if self._fd >= 0 and self._finalizer.detach() is not None:
+        if self._fd >= 0 and self._finalizer.detach():
             fd, self._fd = self._fd, -1
             os.close(fd)
 

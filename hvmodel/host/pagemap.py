@@ -19,10 +19,10 @@ from __future__ import annotations
 import errno
 import os
 from enum import IntFlag
-from weakref import finalize
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
+from ..finalizer import Finalizer
 from ..units import PAGE_SHIFT, PAGE_SIZE, Hva, Pfn
 from ..value import Value
 from .mapping import index
@@ -278,7 +278,7 @@ class PageMap:
         self._fd = -1
         self._fd = open_proc("PageMap", "pagemap", pid)
         self._pid = pid
-        self._finalizer = finalize(self, _leaked, self._fd, pid)
+        self._finalizer = Finalizer(self, _leaked, self._fd, pid)
 
     @property
     def pid(self) -> int | None:
@@ -428,7 +428,7 @@ class PageMap:
 
     def close(self) -> None:
         """Closes the descriptor.  Closing twice is fine."""
-        if self._fd >= 0 and self._finalizer.detach() is not None:
+        if self._fd >= 0 and self._finalizer.detach():
             fd, self._fd = self._fd, -1
             os.close(fd)
 

@@ -39,10 +39,11 @@ from __future__ import annotations
 import errno
 import os
 from _thread import RLock, get_ident
-from weakref import finalize, ref
+from weakref import ref
 
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError, HvError
+from ..finalizer import Finalizer
 from .answers import Answers, Question, whole_range
 from .faults import IOCTLS, MODES, Fault, FaultCounts, feature_names, open_uffd
 from .mapping import Mapping, index
@@ -148,7 +149,7 @@ class UserFaultFd(Answers):
         native = ffi.gc(out[0], lib.hv_uffd_free)
         lib.hv_uffd_set_patience(native, nanoseconds)
         self._state = State(native, fd)
-        self._finalizer = finalize(self, _leaked, self._state, fd)
+        self._finalizer = Finalizer(self, _leaked, self._state, fd)
 
     # ---- what it is ----
 

@@ -6,7 +6,7 @@ keeps that buffer alive, and a weak reference to it tells when the last of them 
 
 from __future__ import annotations
 
-from weakref import ref
+from _weakref import ref
 
 from ..errors import BusyError, HvError
 

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 from .. import _ffi
 from .._ffi import Ioctl, ffi
-from .batch import RECORD_DTYPE, Batch, Capture, ExitRecord, Feed, iter_records
 from .cpuid import CpuidEntry
-from .device import Device
 from .exits import *  # noqa: F403  # its __all__ is the list
 from .exits import __all__ as _exits
 from .handle import Handle, StructItem, fields
@@ -31,10 +29,25 @@ from .vm import IrqRoute, MsiRoute, MsrFilterRange, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .batch import RECORD_DTYPE, Batch, Capture, ExitRecord, Feed, iter_records
     from .capabilities import Cap
+    from .device import Device
     from .guest_memfd import GuestMemFd
 
     IOCTLS: dict[str, Ioctl]
+
+# Where what a bare machine does not need comes from, at its first use.
+_LAZY = {
+    "Batch": "batch",
+    "Cap": "capabilities",
+    "Capture": "batch",
+    "Device": "device",
+    "ExitRecord": "batch",
+    "Feed": "batch",
+    "GuestMemFd": "guest_memfd",
+    "RECORD_DTYPE": "batch",
+    "iter_records": "batch",
+}
 
 __all__ = [
     "IOCTLS",
@@ -69,15 +82,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # 250 capabilities make an enum that takes 2 ms to build: only for who asks.
-    if name == "Cap":
-        from .capabilities import Cap
-
-        return Cap
-    if name == "GuestMemFd":
-        from .guest_memfd import GuestMemFd
-
-        return GuestMemFd
     if name == "IOCTLS":
         return _ffi.IOCTLS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    return value

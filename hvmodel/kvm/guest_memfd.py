@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import errno
 import os
-from weakref import finalize
 
 from .._ffi import lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError, HostError
+from ..finalizer import Finalizer
 from ..host.mapping import PROT_READ, PROT_WRITE, Mapping, index
 from ..host.memfd import page_multiple
 from ..units import PAGE_SIZE
@@ -72,7 +72,7 @@ class GuestMemFd:
         self._vm, self._size, self._flags = vm, size, _uint(call, "flags", flags, 64)
         self._pins: list[str] = []
         self._fd = vm.create_guest_memfd(size, flags)
-        self._finalizer = finalize(self, _leaked, self._fd)
+        self._finalizer = Finalizer(self, _leaked, self._fd)
 
     @property
     def vm(self) -> Vm:
@@ -186,7 +186,7 @@ class GuestMemFd:
             return
         if self._pins:
             raise BusyError("GuestMemFd.close", repr(self), f"in use by {', '.join(self._pins)}")
-        if self._finalizer.detach() is not None:
+        if self._finalizer.detach():
             fd, self._fd = self._fd, -1
             os.close(fd)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import weakref
 
 from .. import _ffi
 from .._ffi import ffi, lib
@@ -21,6 +20,7 @@ from ..errors import (
     UnsupportedError,
     VmDeadError,
 )
+from ..finalizer import Finalizer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Handle:
         self._owner = owner  # a strong reference: what we were made from lives as long as we do
         self._pid = os.getpid()
         what = f"{type(self).__name__} fd={fd}"
-        self._finalizer: weakref.finalize[..., Any] = weakref.finalize(self, _abandon, fd, what, self._pid)
+        self._finalizer = Finalizer(self, _abandon, fd, what, self._pid)
 
     # ---- life ----
 
@@ -317,6 +317,15 @@ class StructItem(Generic[T]):
     def _store(self, handle: Handle, value: T) -> int:
         rc: int = self._put(handle._fd, value)
         return rc
+
+
+def _check_extension(handle: Handle, cap: int) -> int:
+    # For Kvm and Vm alike.
+    if isinstance(cap, bool) or not isinstance(cap, int):
+        raise ArgumentTypeError("KVM_CHECK_EXTENSION", "cap", cap, "a KVM_CAP_* number")
+    if not 0 <= cap < 1 << 32:
+        raise ArgumentError("KVM_CHECK_EXTENSION", "cap", cap, "a KVM_CAP_* number")
+    return handle._check("KVM_CHECK_EXTENSION", lib.kvm_check_extension(handle.fd, cap), "cap", cap)
 
 
 def fields(struct: Any) -> dict[str, Any]:

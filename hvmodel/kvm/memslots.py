@@ -6,8 +6,7 @@ refuses is in `slotrules`, the change of many slots at once in `slotchange`.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from struct import pack
+from _bisect import bisect_left, bisect_right
 
 from .._ffi import ffi, lib, run
 from ..value import Value
@@ -117,4 +116,4 @@ class _SlotMap:
 
 def _row(slot: MemSlot) -> bytes:
     # struct hv_slot: start, end, readonly, padding.
-    return pack("=QQII", slot.gpa, slot.end, slot.readonly, 0)
+    return (slot.gpa | slot.end << 64 | slot.readonly << 128).to_bytes(_ROW, "little")

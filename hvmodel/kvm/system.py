@@ -12,7 +12,7 @@ import stat
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, HostError
 from . import cpuid
-from .handle import Handle
+from .handle import Handle, _check_extension
 from .vm import Vm
 
 TYPE_CHECKING = False
@@ -210,12 +210,3 @@ class Kvm(Handle):
         from .vcpu import get_msrs
 
         return get_msrs(self, indices)
-
-
-def _check_extension(handle: Handle, cap: int) -> int:
-    # For Kvm and Vm alike.
-    if isinstance(cap, bool) or not isinstance(cap, int):
-        raise ArgumentTypeError("KVM_CHECK_EXTENSION", "cap", cap, "a KVM_CAP_* number")
-    if not 0 <= cap < 1 << 32:
-        raise ArgumentError("KVM_CHECK_EXTENSION", "cap", cap, "a KVM_CAP_* number")
-    return handle._check("KVM_CHECK_EXTENSION", lib.kvm_check_extension(handle.fd, cap), "cap", cap)

@@ -2,7 +2,7 @@
 
 kvm_pvm answers CR0.PG without EFER.LME with one: KVM_SET_SREGS succeeds, CR0.PG stays clear, and the next KVM_RUN
 returns KVM_EXIT_SHUTDOWN whatever is set until then.  Only KVM_SET_VCPU_EVENTS takes such a request back, while
-KVM_CAP_X86_TRIPLE_FAULT_EVENT is enabled for the VM.
+KVM_CAP_X86_TRIPLE_FAULT_EVENT is enabled for the VM.  Where none can wait (Vcpu._has_calm) none need be taken back.
 
 Sources: linux:arch/x86/kvm/x86.c kvm_vcpu_ioctl_x86_set_vcpu_events@v6.18 (KVM_REQ_TRIPLE_FAULT).
 """

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from weakref import finalize
 
 from .. import _ffi
 from .._ffi import ffi, lib
@@ -27,9 +26,9 @@ from ..errors import (
     PartialError,
     UnansweredError,
 )
+from ..finalizer import Finalizer
 from ..value import Value
 from . import cpuid, exits
-from .batch import Batch
 from .handle import Handle, StructItem, _abandon, _rows, _uint
 from .vm import _enable_cap
 
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
         kvm_xcrs,
         kvm_xsave,
     )
+    from .batch import Batch
     from .cpuid import CpuidEntry
     from .exits import Exit
     from .handle import T
@@ -63,16 +63,16 @@ if TYPE_CHECKING:
 __all__ = ["Translation", "Vcpu", "get_msrs"]
 
 
-# What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever.
+# What a closed Vcpu runs: a struct hv_vcpu whose state is "closed" for ever, and a struct kvm_run of zeros.  The layout
+# of that takes cffi half a millisecond: it is not asked for before it is needed.
 _CLOSED = ffi.new("struct hv_vcpu *")
-_CLOSED_EXIT = ffi.new("struct kvm_run *")
-_CLOSED.exit = _CLOSED_EXIT
+_CLOSED_EXIT = ffi.new("uint64_t[512]")
+_CLOSED.exit = ffi.cast("struct kvm_run *", _CLOSED_EXIT)
 _COMPLEX: int = lib.HV_WORD_COMPLEX
 _KICK_WAIT_NS = 1_000_000
 _CLOSE_WAIT_NS = 10_000_000_000
 _MAX_TIMEOUT = 1e9
 _XSAVE_SIZE = 4096
-_SYNC_REGS_OFFSET = ffi.offsetof("struct kvm_run", "s")
 # They change what the state may be.
 _LIMITING = frozenset({"KVM_SET_CPUID", "KVM_SET_CPUID2", "KVM_ENABLE_CAP", "KVM_X86_SETUP_MCE"})
 _EHWPOISON = 133  # the errno module of Python 3.11 lacks it
@@ -147,20 +147,28 @@ class _PageField:
     # A field of the kvm_run page, copied while nobody runs the vCPU.
     def __init__(self, name: str, doc: str) -> None:
         self.__doc__ = doc
-        field = dict(ffi.typeof("struct kvm_run").fields or ())[name]
-        self._ctype = ffi.getctype(field.type, "*")
+        self._name = name
+        self._ctype = ""
+
+    def _find(self) -> None:
+        # At the first use.
+        field = dict(ffi.typeof("struct kvm_run").fields or ())[self._name]
         self._offset = field.offset
         self._bits = 8 * ffi.sizeof(field.type)
-        self._name = name
+        self._ctype = ffi.getctype(field.type, "*")
 
     def __get__(self, vcpu: Vcpu | None, owner: type) -> Any:
         if vcpu is None:
             return self
+        if not self._ctype:
+            self._find()
         value = ffi.new(self._ctype)
         vcpu._page_access(lib.hv_page_read, self._offset, value)
         return int(value[0])
 
     def __set__(self, vcpu: Vcpu, value: int) -> None:
+        if not self._ctype:
+            self._find()
         number = ffi.new(self._ctype, _uint(f"Vcpu.{self._name}", "value", value, self._bits))
         vcpu._page_access(lib.hv_page_write, self._offset, number)
 
@@ -244,13 +252,14 @@ class Vcpu(Handle):
     """
 
     scope = "vcpu"
-    __slots__ = ("_address", "_batch", "_c", "_is_exposed", "_synchronizer", "_state", "id")
+    __slots__ = ("_address", "_batch", "_c", "_calm", "_is_exposed", "_synchronizer", "_state", "id")
 
     def __init__(self, fd: int, vm: Vm, id: int) -> None:
         self.id = id
         self._state: Any = None  # what hvmodel.state knows of it; None again when what the state may be has changed
         self._batch: Batch | None = None
         self._is_exposed = False
+        self._calm: tuple[int, int] | None = (0, 0)  # see _has_calm
         self._synchronizer: Any = None  # hvmodel.state.sync.VcpuSync, of a later floor
         self._point(_CLOSED)
         super().__init__(fd, vm)
@@ -265,7 +274,7 @@ class Vcpu(Handle):
         self._point(out[0])
         self._c.slots = vm._slots.native
         self._finalizer.detach()
-        self._finalizer = finalize(self, _abandon_vcpu, fd, f"Vcpu {id} fd={fd}", self._pid, self._address)
+        self._finalizer = Finalizer(self, _abandon_vcpu, fd, f"Vcpu {id} fd={fd}", self._pid, self._address)
         vm._vcpus[id] = self
         _register_at_exit()
 
@@ -491,6 +500,8 @@ class Vcpu(Handle):
 
     @batch.setter
     def batch(self, batch: Batch | None) -> None:
+        from .batch import Batch
+
         if batch is not None and not isinstance(batch, Batch):
             raise ArgumentTypeError("Vcpu.batch", "batch", batch, "a Batch or None")
         if batch is not None and batch._vcpu not in (None, self):
@@ -539,14 +550,14 @@ class Vcpu(Handle):
         Costs no ioctl.  BusyError: another thread runs the vCPU.
         """
         regs = ffi.new("struct kvm_sync_regs *")
-        self._page_access(lib.hv_page_read, _SYNC_REGS_OFFSET, regs)
+        self._page_access(lib.hv_page_read, ffi.offsetof("struct kvm_run", "s"), regs)
         return regs
 
     @sync_regs.setter
     def sync_regs(self, regs: kvm_sync_regs) -> None:
         if not isinstance(regs, ffi.CData) or ffi.typeof(regs) != ffi.typeof("struct kvm_sync_regs *") or not regs:
             raise ArgumentTypeError("Vcpu.sync_regs", "value", regs, "a 'struct kvm_sync_regs *'")
-        self._page_access(lib.hv_page_write, _SYNC_REGS_OFFSET, regs)
+        self._page_access(lib.hv_page_write, ffi.offsetof("struct kvm_run", "s"), regs)
 
     def _page_access(self, call: Any, offset: int, data: Any) -> None:
         rc = call(self._c, offset, ffi.cast("uint8_t *", data), ffi.sizeof(ffi.typeof(data).item))
@@ -568,6 +579,14 @@ class Vcpu(Handle):
             finally:
                 if name in _LIMITING:
                     self._state = None
+
+    def _has_calm(self) -> bool:
+        # Whether no triple fault can wait: since the vCPU was made, or since that was last known, it has not run, and
+        # no ioctl may have changed its state.  What is put without being announced (hvmodel.state) clears it.
+        return self._calm == (self._c.runs, self._c.begun) and not self._is_exposed
+
+    def _note_calm(self) -> None:
+        self._calm = self._c.runs, self._c.begun
 
     def _changing(self) -> _Changing:
         return _Changing(self)
@@ -664,7 +683,7 @@ class Vcpu(Handle):
         KvmError: EINVAL the vCPU has run and the leaves differ, or leaf 0x80000008 gives addresses of an unknown width;
         E2BIG more than 256.
         """
-        call = "KVM_SET_CPUID2"
+        call, is_calm = "KVM_SET_CPUID2", self._has_calm()
         table: Any = entries if isinstance(entries, ffi.CData) else cpuid._pack(call, entries)
         try:
             with self._changing():
@@ -672,6 +691,8 @@ class Vcpu(Handle):
                 self._state = None
         except TypeError:
             raise ArgumentTypeError(call, "entries", entries, "CpuidEntry values or a 'struct kvm_cpuid2 *'") from None
+        if is_calm:
+            self._note_calm()
         detail = None
         if rc == -errno.EINVAL:
             detail = "once the vCPU has run they cannot change; leaf 0x80000008 has 48 or 57 bits of virtual address"
@@ -695,12 +716,20 @@ class Vcpu(Handle):
         self._check("KVM_INTERRUPT", rc, "vector", vector, "0 to 255")
 
     def nmi(self) -> None:
-        """KVM_NMI: inject a non-maskable interrupt (KVM_CAP_USER_NMI)."""
+        """KVM_NMI: inject a non-maskable interrupt (KVM_CAP_USER_NMI).
+
+        It is only asked for: the next KVM_RUN delivers it, so that `vcpu_events` and the guest's registers need not
+        show anything of it before that has been run.  Source: linux:arch/x86/kvm/x86.c kvm_inject_nmi@v6.18.
+        """
         with self._changing():
             self._check("KVM_NMI", lib.kvm_nmi(self._open_fd()))
 
     def smi(self) -> None:
-        """KVM_SMI: inject a system management interrupt (KVM_CAP_X86_SMM)."""
+        """KVM_SMI: inject a system management interrupt (KVM_CAP_X86_SMM).
+
+        It is only asked for, as by `nmi()`: the next KVM_RUN delivers it.  Source: linux:arch/x86/kvm/smm.h
+        kvm_inject_smi@v6.18.
+        """
         with self._changing():
             self._check("KVM_SMI", lib.kvm_smi(self._open_fd()))
 

@@ -8,8 +8,7 @@ from _thread import allocate_lock
 from .._ffi import ffi, lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, HvError
 from ..value import Value
-from .device import Device
-from .handle import Handle, StructItem, _rows, _uint
+from .handle import Handle, StructItem, _check_extension, _rows, _uint
 from .memslots import MemSlot, SlotMemory, _SlotMap
 
 TYPE_CHECKING = False
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from .._native import kvm_clock_data, kvm_coalesced_mmio_zone, kvm_irqchip, kvm_pit_state, kvm_pit_state2
     from ..host import Mapping
+    from .device import Device
     from .system import Kvm
     from .vcpu import Vcpu
 
@@ -123,8 +123,6 @@ class Vm(Handle):
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on this VM (KVM_CAP_CHECK_EXTENSION_VM): what holds for it rather than for all."""
-        from .system import _check_extension
-
         return _check_extension(self, cap)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> int:
@@ -164,6 +162,8 @@ class Vm(Handle):
 
     def create_device(self, type: int) -> Device:
         """Make an in-kernel device (KVM_CREATE_DEVICE) of KVM_DEV_TYPE_* `type`.  KvmError ENODEV: unknown type."""
+        from .device import Device
+
         arg = ffi.new("struct kvm_create_device *", {"type": _uint("KVM_CREATE_DEVICE", "type", type)})
         self._check("KVM_CREATE_DEVICE", lib.kvm_create_device(self.fd, arg), "type", type, "a KVM_DEV_TYPE_*")
         return Device(arg.fd, self)

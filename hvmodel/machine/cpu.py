@@ -258,6 +258,7 @@ class Cpu(_Registers):
             raise self._error("KVM_SET_SREGS", rc)
         # Hosts that page in long mode only drop CR0.PG and say nothing.
         if value.cr0 & _CR0_PG and not value.efer & _EFER_LME:
+            kvm._calm = None
             from ..state import refusals
 
             changed = refusals.dropped(kvm, "sregs", bytes(value))
@@ -417,6 +418,7 @@ class Cpu(_Registers):
     def _real(self, cs: int, cs_base: int, ip: int, sp: int) -> None:
         kvm = self.kvm
         kvm._complete_for_change()
+        is_calm = kvm._has_calm()
         sregs = kvm.sregs
         apic_base = sregs.apic_base
         ffi.memmove(sregs, _REAL_SREGS, ffi.sizeof(_REAL_SREGS[0]))
@@ -424,15 +426,20 @@ class Cpu(_Registers):
         sregs.cs.selector, sregs.cs.base = cs, cs_base
         kvm.sregs = sregs
         kvm.regs = ffi.new("struct kvm_regs *", {"rip": ip, "rsp": sp, "rflags": 2})
-        self._begin()
+        self._begin(is_calm)
 
-    def _begin(self) -> None:
+    def _begin(self, is_calm: bool = False) -> None:
         # What goes with the registers of all states to start in: nothing waits, it is runnable, and a debugger has
-        # reported nothing yet.
-        from ..kvm.triple_fault import drop_triple_fault
+        # reported nothing yet.  `is_calm`: before its registers were set no triple fault could wait.
+        kvm = self.kvm
+        if is_calm and kvm._calm is not None:
+            kvm.vcpu_events = self._no_events
+        else:
+            from ..kvm.triple_fault import drop_triple_fault
 
-        drop_triple_fault(self.kvm, self._no_events)
-        self.kvm.mp_state = _RUNNABLE
+            drop_triple_fault(kvm, self._no_events)
+        kvm.mp_state = _RUNNABLE
+        kvm._note_calm()
         if self._debugger is not None:
             self._debugger._passed = None
 

@@ -65,6 +65,7 @@ _DR7_FIXED = 0x600  # bit 10, GE
 _LEN = {1: 0, 2: 1, 4: 3, 8: 2}
 _RW = {"w": 1, "rw": 3}
 _NR_DEBUG_REGISTERS = 4
+_MOST_TRIES = 100  # to put back a byte
 _CPL_0 = ("real", "protected", "compat", "long")
 _TF = 0x100
 _EFER_LMA = 0x400
@@ -272,7 +273,7 @@ class Debugger:
     def run_until(self, deadline_ns: int) -> Exit:
         """Vcpu.run_until with all that is set; the machine's runs call it."""
         with self._alone("KVM_RUN"):
-            if self._left is None and not self._points and not self._unfinished:
+            if self._left is None and not self._points and not self._unfinished and not self._planted:
                 return self._kvm.run_until(deadline_ns)
             exit = self._exit = None
             try:
@@ -494,21 +495,32 @@ class Debugger:
 
     def _put_back(self) -> None:
         # The guest's own bytes, the last one planted first; all of them, also where a signal's handler raises.  What
-        # the guest has written over ours is its own.
+        # the guest has written over ours is its own.  A byte that cannot be put back after _MOST_TRIES stays known,
+        # with those planted in the same place before: the next run or step begins here, and with no more success does
+        # not begin.
         failed: BaseException | None = None
-        while self._planted:
+        at, tries = len(self._planted) - 1, 0
+        left: list[tuple[RamBlock, int]] = []
+        while at >= 0:
             try:
-                block, offset, own, trap = self._planted[-1]
-                try:
-                    if block.read(offset, 1)[0] == trap:
-                        block.write(offset, bytes((own,)))
-                except ClosedError:
-                    pass
-                except HvError as error:
-                    failed = error
-                self._planted.pop()
-            except BaseException as error:  # noqa: BLE001  # raised by a signal's handler: once more
-                failed = error
+                block, offset, own, trap = self._planted[at]
+                if (block, offset) not in left:
+                    try:
+                        if block.read(offset, 1)[0] == trap:
+                            block.write(offset, bytes((own,)))
+                    except ClosedError:
+                        pass
+                    except HvError as error:
+                        failed = error
+                    del self._planted[at]
+                at, tries = at - 1, 0
+            except BaseException as error:  # noqa: BLE001  # raised by a signal's handler, or MemoryError: once more
+                failed, tries = error, tries + 1
+                if at >= len(self._planted):  # it came when all was done
+                    at, tries = at - 1, 0
+                elif tries >= _MOST_TRIES:
+                    left.append(self._planted[at][:2])
+                    at, tries = at - 1, 0
         if failed is not None:
             raise failed
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from .._ffi import lib
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, GuestAccessError, HvError, UnansweredError
 from ..kvm import exits as kvm_exits
-from ..kvm.batch import Batch
 from ..kvm.exits import (
     Again,
     Debug,
@@ -45,7 +44,6 @@ from ..ram.region import ADDRESS_END, MemoryRegion
 from ..ram.topology import transaction
 from ..units import PAGE_SIZE, GiB
 from ..value import Value
-from .console import Console
 from .cpu import MAX_INSN, Cpu, is_64_bit_code
 
 TYPE_CHECKING = False
@@ -58,9 +56,11 @@ if TYPE_CHECKING:
 
     from .._native import kvm_cpuid2
     from ..host.mapping import Writable
+    from ..kvm.batch import Batch
     from ..kvm.exits import Exit
     from ..ram.backend import MemoryBackend
     from ..ram.flatview import FlatView, Row
+    from .console import Console
     from .cpu import Location
 
 __all__ = ["Machine", "Stop"]
@@ -348,6 +348,8 @@ class Machine:
     def batch(self) -> Batch:
         """The rules by which C serves exits, before any region does; made and attached at the first use."""
         if self._batch is None:
+            from ..kvm.batch import Batch
+
             batch = Batch()
             self.vcpu.kvm.batch = batch
             for space in (self.memory, self.io):
@@ -362,6 +364,8 @@ class Machine:
         ArgumentError: one of the ports has a rule already.
         """
         if self._console is None:
+            from .console import Console
+
             if self._debug_rule is not None:  # which reaches three ports further; the next run() makes it anew
                 self.batch.remove("pio", self._debug_rule)
                 self._debug_rule = None

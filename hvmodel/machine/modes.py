@@ -477,6 +477,7 @@ def _set(cpu: Cpu, call: str, memory: list[tuple[int, bytes]], sregs: Sregs, reg
     kvm, machine = cpu.kvm, cpu._machine
     assert machine is not None
     kvm._complete_for_change()
+    is_calm = kvm._has_calm()
     parts = ((cpu, "sregs"), (cpu, "regs"), (kvm, "vcpu_events"), (kvm, "mp_state"))
     before = [getattr(owner, name) for owner, name in parts]
     overwritten = [(gpa, machine.read(gpa, len(data))) for gpa, data in memory]
@@ -488,7 +489,7 @@ def _set(cpu: Cpu, call: str, memory: list[tuple[int, bytes]], sregs: Sregs, reg
         if regs.rflags & _RFLAGS_VM and not (became := kvm.regs.rflags) & _RFLAGS_VM:
             detail = "it clears RFLAGS.VM: no virtual-8086 mode (kvm_pvm); real_mode() runs the same code"
             raise ChangedStateError(call, "regs", "rflags", regs.rflags, became, detail, "rflags_vm")
-        cpu._begin()
+        cpu._begin(is_calm)
     except BaseException as error:
         for gpa, data in overwritten:
             machine.write(gpa, data)

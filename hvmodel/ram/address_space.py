@@ -17,7 +17,7 @@ memory_listener_register, softmmu/memory.c@v7.2 of QEMU.
 
 from __future__ import annotations
 
-import weakref
+from _weakref import ref
 from itertools import count
 
 from ..errors import ArgumentError, ArgumentTypeError, BusyError, ClosedError
@@ -41,13 +41,13 @@ __all__ = ["AddressSpace", "address_spaces"]
 _EMPTY = FlatView(None, [])
 
 _serial = count()
-_spaces: dict[int, weakref.ref[AddressSpace]] = {}  # in the order in which they were made
+_spaces: dict[int, ref[AddressSpace]] = {}  # in the order in which they were made
 _joined = count()  # orders listeners of equal priority
 
 
 def address_spaces() -> tuple[AddressSpace, ...]:
     """All open address spaces of this process, in the order in which they were made."""
-    return tuple([space for space in [ref() for ref in list(_spaces.values())] if space is not None])
+    return tuple([space for space in [known() for known in list(_spaces.values())] if space is not None])
 
 
 class AddressSpace:
@@ -87,7 +87,7 @@ class AddressSpace:
                 raise BusyError("AddressSpace", "the transaction", why)
             self._view = _view_of(root, {space._view.root: space._view for space in address_spaces()})
             self._serial = next(_serial)
-            _spaces[self._serial] = weakref.ref(self, _Forget(self._serial))
+            _spaces[self._serial] = ref(self, _Forget(self._serial))
 
     @property
     def root(self) -> MemoryRegion:

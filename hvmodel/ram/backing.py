@@ -19,9 +19,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from weakref import finalize
 
 from ..errors import ArgumentError, ArgumentTypeError, ClosedError, HostError
+from ..finalizer import Finalizer
 from ..host.memfd import fd_page_size, fd_what
 
 TYPE_CHECKING = False
@@ -111,7 +111,7 @@ class BackingFile:
             self.remove()
             raise
         self._fd, self._path = fd, path
-        self._finalizer = finalize(self, _leaked, fd, path)
+        self._finalizer = Finalizer(self, _leaked, fd, path)
 
     @property
     def path(self) -> str:
@@ -160,7 +160,7 @@ class BackingFile:
 
     def close(self) -> None:
         """Closes the descriptor; mappings of the file live on, and so does the file.  Closing twice is fine."""
-        if self._fd >= 0 and self._finalizer.detach() is not None:
+        if self._fd >= 0 and self._finalizer.detach():
             fd, self._fd = self._fd, -1
             os.close(fd)
 

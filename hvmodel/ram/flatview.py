@@ -14,7 +14,7 @@ softmmu/memory.c@v7.2 of QEMU; there each leaf is compared with all ranges befor
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from _bisect import bisect_right
 
 from ..errors import ArgumentTypeError
 from ..value import Value

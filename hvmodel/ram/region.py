@@ -19,8 +19,8 @@ Source: struct MemoryRegion, include/exec/memory.h@v7.2 of QEMU (`unmergeable`: 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from weakref import WeakSet
+from _bisect import bisect_left
+from _weakref import ref
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
@@ -120,6 +120,8 @@ def _size(value: object, call: str) -> int:
 def _address(value: object, call: str, field: str, size: int) -> int:
     # Where a range of `size` bytes begins that ends at 2**64 at most.
     last = min(ADDRESS_END - size, ADDRESS_END - 1)
+    if type(value) is int and 0 <= value <= last:
+        return value
     return _int(value, call, field, 0, last, f"0 to {last:#x}: {field} + size, {size:#x}, is at most 2**64")
 
 
@@ -190,7 +192,7 @@ does not contain this one, nor is it, also not by aliases
         self._addr = self._priority = self._alias_offset = self._dirty_log_mask = 0
         self._container: MemoryRegion | None = None
         self._alias: MemoryRegion | None = None
-        self._aliases: WeakSet[MemoryRegion] | None = None  # of those that show this one
+        self._aliases: list[ref[MemoryRegion]] = []  # those that show this one, and some that are gone
         self._subregions: list[MemoryRegion] = []  # the one that shows first
         self._block: RamBlock | None = None
         self._ops = _UNASSIGNED
@@ -257,9 +259,10 @@ does not contain this one, nor is it, also not by aliases
         region._alias_offset = _address(offset, call, "offset", region._size)
         region._alias = target
         with _topology:
-            if target._aliases is None:
-                target._aliases = WeakSet()
-            target._aliases.add(region)
+            known = target._aliases
+            known.append(ref(region))
+            if len(known) >= 16 and not len(known) & (len(known) - 1):  # now and then: at 16, 32, 64, ...
+                target._aliases = [alias for alias in known if alias() is not None]
         return region
 
     @classmethod
@@ -580,7 +583,7 @@ def seen_from(regions: Iterable[MemoryRegion]) -> set[MemoryRegion]:
     seen = set(todo)
     while todo:
         region = todo.pop()
-        above = [] if region._aliases is None else list(region._aliases)
+        above = [alias for known in region._aliases if (alias := known()) is not None]
         if region._container is not None:
             above.append(region._container)
         for other in above:

@@ -18,7 +18,7 @@ from .record import Difference, Packed
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import Self
+    from typing import Any, Self
 
     from ..kvm import Vcpu
 
@@ -151,7 +151,12 @@ class CpuidTable(Packed):
         return self._of(self._data[:at] + _ENTRY.pack(*row) + self._data[at + _ENTRY.size :])
 
     def items(self) -> Iterator[tuple[str, int | bytes]]:
-        """The registers as ("[0x7, 0x0].ebx", 5), and the flags; a leaf that is there again with "#2" behind it."""
+        """The registers as ("[0x7, 0x0].ebx", 5), and the flags; a leaf that is there again with "#2" behind it.
+
+        "padding", and "[0x7, 0x0].padding[0]", where it is not 0.
+        """
+        if self._padding:
+            yield "padding", self._padding
         seen: dict[str, int] = {}
         for row in self._rows():
             path = _leaf(row)
@@ -161,6 +166,13 @@ class CpuidTable(Packed):
             yield f"{path}.flags", row[2]
             for name, value in zip(_REGISTERS, row[3:7], strict=True):
                 yield f"{path}.{name}", value
+            for at, value in enumerate(row[7:]):
+                if value:
+                    yield f"{path}.padding[{at}]", value
+
+    @property
+    def _padding(self) -> int:
+        return int(_HEAD.unpack_from(self._data)[1])
 
     def _named(self, path: str, bits: int) -> tuple[str, ...]:
         from ..arch.cpuid import feature_names
@@ -171,9 +183,17 @@ class CpuidTable(Packed):
         numbers = [int(word, 16) for word in leaf.partition("]")[0][1:].split(", ")]
         return feature_names(numbers[0], numbers[1] if len(numbers) > 1 else 0, register, bits)
 
-    def to_json(self) -> list[dict[str, int]]:
-        """A list of objects, one for each entry."""
-        return [{field: getattr(entry, field) for field in CpuidEntry.fields()} for entry in self]
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list of objects, one for each entry.
+
+        Padding, which KVM keeps as it was set, is in it where it is not 0: as {"padding": [0, 0, 1]} of an entry, and
+        {"padding": 1}, the first object, of the table.
+        """
+        document: list[dict[str, Any]] = [{"padding": self._padding}] if self._padding else []
+        for row in self._rows():
+            entry: dict[str, Any] = dict(zip(CpuidEntry.fields(), row[:7], strict=True))
+            document.append(entry | {"padding": list(row[7:])} if any(row[7:]) else entry)
+        return document
 
     @classmethod
     def from_json(cls, document: object) -> Self:
@@ -181,12 +201,28 @@ class CpuidTable(Packed):
         call = "CpuidTable.from_json"
         if not isinstance(document, list):
             raise ArgumentTypeError(call, "document", document, "a list of objects")
-        rows = []
+        rows: list[CpuidEntry] = []
+        padding: dict[int, list[int]] = {}
+        of_table = 0
         for at, row in enumerate(document):
-            if not isinstance(row, dict) or not row.keys() <= set(CpuidEntry.fields()) or "function" not in row:
-                raise ArgumentTypeError(call, f"document[{at}]", row, f"an object of {', '.join(CpuidEntry.fields())}")
-            rows.append(CpuidEntry(**row))
-        return cls(rows)
+            where = f"document[{at}]"
+            if at == 0 and isinstance(row, dict) and row.keys() == {"padding"}:
+                of_table = _number(call, f"{where}.padding", row["padding"], _MAX)
+                continue
+            names = {*CpuidEntry.fields(), "padding"}
+            if not isinstance(row, dict) or not row.keys() <= names or "function" not in row:
+                raise ArgumentTypeError(call, where, row, f"an object of {', '.join(CpuidEntry.fields())}")
+            words = row.get("padding", [0, 0, 0])
+            if not isinstance(words, list) or len(words) != 3:
+                raise ArgumentTypeError(call, f"{where}.padding", words, "a list of 3 ints")
+            padding[len(rows)] = [_number(call, f"{where}.padding[{i}]", word, _MAX) for i, word in enumerate(words)]
+            rows.append(CpuidEntry(**{name: value for name, value in row.items() if name != "padding"}))
+        data = bytearray(bytes(cls(rows)))
+        _HEAD.pack_into(data, 0, len(rows), of_table)
+        for at, words in padding.items():
+            begin = _HEAD.size + at * _ENTRY.size
+            _ENTRY.pack_into(data, begin, *_ENTRY.unpack_from(data, begin)[:7], *words)
+        return cls._of(bytes(data))
 
     def __repr__(self) -> str:
         return f"CpuidTable({list(self)!r})"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from ..arch.number import number
 from ..errors import ArgumentError, ArgumentTypeError, PartialError
 from ..kvm.handle import _rows as _list
 from .record import Packed
@@ -43,6 +44,7 @@ _MCG_CAP, _MC0_CTL, _MC0_CTL2 = 0x179, 0x400, 0x280  # a bank has CTL, STATUS, A
 
 _HEAD = Struct("<II")
 _ENTRY = Struct("<IIQ")
+_MAX_32 = (1 << 32) - 1
 
 
 def msr_indices(kvm: Kvm, *, has_lapic: bool = True) -> tuple[int, ...]:
@@ -182,31 +184,64 @@ class Msrs(Packed):
         wanted = set(_indices("Msrs.only", indices))
         return type(self)({index: value for index, value in self.to_dict().items() if index in wanted})
 
+    @property
+    def _pad(self) -> int:
+        return int(_HEAD.unpack_from(self._data)[1])
+
     def items(self) -> Iterator[tuple[str, int | bytes]]:
-        """Index, as the path "[0x10]", and value of each."""
-        for index, _, value in self._rows():
+        """Index, as the path "[0x10]", and value of each; "pad" and "[0x10].reserved" where that is not 0."""
+        if self._pad:
+            yield "pad", self._pad
+        for index, reserved, value in self._rows():
             yield f"[{index:#x}]", value
+            if reserved:
+                yield f"[{index:#x}].reserved", reserved
 
     def _named(self, path: str, bits: int) -> tuple[str, ...]:
         from ..arch import msr
 
+        if not path.endswith("]"):  # padding
+            return ()
         return msr.bit_names(int(path[1:-1], 16), bits)
 
-    def to_json(self) -> dict[str, int]:
-        """An object of index, in hexadecimal, to value."""
-        return {f"{index:#x}": value for index, _, value in self._rows()}
+    def to_json(self) -> dict[str, Any]:
+        """An object of index, in hexadecimal, to value.
+
+        Padding, which KVM neither reads nor sets, is in it where it is not 0: {"pad": 1, "0x10": {"data": 5,
+        "reserved": 2}}.
+        """
+        document: dict[str, Any] = {"pad": self._pad} if self._pad else {}
+        for index, reserved, value in self._rows():
+            document[f"{index:#x}"] = {"data": value, "reserved": reserved} if reserved else value
+        return document
 
     @classmethod
     def from_json(cls, document: object) -> Self:
         """The value that `to_json()` gave."""
         if not isinstance(document, dict):
             raise ArgumentTypeError("Msrs.from_json", "document", document, "an object (dict)")
-        try:
-            return cls([(int(index, 0), value) for index, value in document.items()])
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ArgumentError | ArgumentTypeError):
-                raise
-            raise ArgumentError("Msrs.from_json", "document", document, "indices as text, such as '0x10'") from None
+        call = "Msrs.from_json"
+        rows: list[tuple[int, Any]] = []
+        padding: dict[int, int] = {}
+        for name, row in document.items():
+            if name == "pad":
+                continue
+            try:
+                index = int(name, 0)
+            except (TypeError, ValueError):
+                raise ArgumentError(call, "document", document, "indices as text, such as '0x10'") from None
+            if isinstance(row, dict):
+                if row.keys() != {"data", "reserved"}:
+                    raise ArgumentTypeError(call, f"document[{name!r}]", row, "an int, or an object of data, reserved")
+                padding[len(rows)] = number(call, f"document[{name!r}].reserved", row["reserved"], _MAX_32)
+                row = row["data"]  # noqa: PLW2901  # the value
+            rows.append((index, row))
+        data = bytearray(bytes(cls(rows)))
+        _HEAD.pack_into(data, 0, len(rows), number(call, "pad", document.get("pad", 0), _MAX_32))
+        for at, reserved in padding.items():
+            index, _, value = _ENTRY.unpack_from(data, _HEAD.size + at * _ENTRY.size)
+            _ENTRY.pack_into(data, _HEAD.size + at * _ENTRY.size, index, reserved, value)
+        return cls._of(bytes(data))
 
     def __repr__(self) -> str:
         return f"Msrs({{{', '.join(f'{index:#x}: {value:#x}' for index, _, value in self._rows())}}})"

@@ -225,8 +225,12 @@ def _tried(
     detail = "found by trying on a vCPU made like it"
     if suspect.together:
         detail += f"; together with {', '.join(suspect.together)}"
-    accepted = f"{suspect.fix:#x}" if isinstance(suspect.fix, int) else suspect.fix.hex()
-    return RefusedStateError(err, call, part, suspect.field, suspect.value, f"for one {accepted}", detail)
+    if suspect.fix is None:
+        accepted = "the MSRs without it"
+        detail += "; none of its other values that were tried is taken"
+    else:
+        accepted = f"for one {suspect.fix:#x}" if isinstance(suspect.fix, int) else f"for one {suspect.fix.hex()}"
+    return RefusedStateError(err, call, part, suspect.field, suspect.value, accepted, detail)
 
 
 def kept(vcpu: Vcpu | Cpu, part: str, value: Packed | bytes | int) -> ChangedStateError | None:

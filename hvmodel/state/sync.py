@@ -477,7 +477,7 @@ class VcpuSync:
         level = _level(call, level)
         vcpu = self._vcpu
         env = self._have(call)
-        self._is_putting = True
+        self._is_putting, vcpu._calm = True, None
         try:
             rows, block = self._put_rows(env, level)
             cr8 = env.sregs.cr8 if "sregs2" in env or "sregs" in env else vcpu.cr8
@@ -577,6 +577,7 @@ class VcpuSync:
         """
         call = "VcpuSync.put_apic"
         env, vcpu = self._have(call), self._vcpu
+        vcpu._calm = None
         data = bytes(Msrs({_APIC_BASE: env.sregs.apic_base}))
         rows = [("msrs", "KVM_SET_MSRS", 0, len(data))]
         if "lapic" in env:

@@ -8,6 +8,9 @@ field alone is another one; tried are, for each field in turn, first those that 
 
 Where no single field is enough, fields are put back one after the other until KVM takes the value, and then those that
 were not needed are taken out again; the first of the rest is named, with the others.
+
+MSRs are many, but KVM takes them one after the other up to the first that it refuses.  That one is found by bisecting,
+what it is together with by leaving out the others, and its value by trying with these alone; then it goes on behind it.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_TRIALS", "Leaf", "Scratch", "Suspect", "get_part", "leaves", "put_part", "search"]
 
 MAX_TRIALS = 4096  # puts; each takes some 5 µs, and another 5 to put back what was before
+_MAX_MSRS = 255  # of one KVM_GET_MSRS or KVM_SET_MSRS; more are E2BIG
+_MAX_NAMED = 8  # MSRs that are refused, each for itself
 
 # Fields of the XSAVE area and of struct kvm_nested_state: name, offset, size.
 _XSAVE = (
@@ -72,11 +77,14 @@ class Leaf(Value):
 
 
 class Suspect(Value):
-    """A field that KVM refuses: `field`, its `value`, a value that KVM takes (`fix`), and fields at fault with it."""
+    """A field that KVM refuses: `field`, its `value`, a value that KVM takes (`fix`), and fields at fault with it.
+
+    `fix` None: an MSR of which no value that was tried is taken, such as one that there is not.
+    """
 
     field: str
     value: int | bytes
-    fix: int | bytes
+    fix: int | bytes | None
     together: tuple[str, ...] = ()
 
 
@@ -167,11 +175,10 @@ def get_part(vcpu: Vcpu, part: str, like: bytes) -> bytes:
     if part == "xsave":
         return bytes(ffi.buffer(vcpu.xsave))
     if part == "msrs":
-        data = like
-        for leaf in leaves(part, like):
-            index = _u32(like, leaf.offset - 8)
-            data = leaf.set(data, (_read_msr(vcpu, index) or 0).to_bytes(8, "little"))
-        return data
+        data = bytearray(like)
+        for at, value in enumerate(_read_msrs(vcpu, [_u32(like, at) for at in range(8, len(like), 16)])):
+            data[16 * at + 16 : 16 * at + 24] = value.to_bytes(8, "little")
+        return bytes(data)
     row = part_row(part)
     if part == "cpuid":
         table = ffi.new("struct kvm_cpuid2 *", {"nent": 1024, "entries": 1024})
@@ -189,6 +196,18 @@ def _read_msr(vcpu: Vcpu, index: int) -> int | None:
     table = ffi.new("struct kvm_msrs *", {"nmsrs": 1, "entries": 1})
     table.entries[0].index = index
     return table.entries[0].data if lib.kvm_get_msrs(vcpu._settled(), table) == 1 else None
+
+
+def _read_msrs(vcpu: Vcpu, indices: list[int]) -> list[int]:
+    # Their values; 0 of what KVM does not let one read, at which each KVM_GET_MSRS stops.
+    values: list[int] = []
+    while len(values) < len(indices):
+        some = indices[len(values) : len(values) + _MAX_MSRS]
+        table = ffi.new("struct kvm_msrs *", {"nmsrs": len(some), "entries": [{"index": index} for index in some]})
+        done = max(lib.kvm_get_msrs(vcpu._settled(), table), 0)
+        values += [table.entries[at].data for at in range(done)]
+        values += [0] * (done < len(some))
+    return values
 
 
 def _one_msr(index: int, value: int) -> bytes:
@@ -273,6 +292,11 @@ def search(scratch: Scratch, part: str, bad: bytes, *, most: int = MAX_TRIALS) -
     end = scratch.trials + most
     if scratch.takes(part, bad):
         return None
+    return _search_msrs(scratch, bad, end) if part == "msrs" else _search_fields(scratch, part, bad, end)
+
+
+def _search_fields(scratch: Scratch, part: str, bad: bytes, end: int) -> Suspect | None:
+    # As said above; `bad` is refused.
     good = get_part(scratch.vcpu, part, bad)
     fields = leaves(part, bad)
     differing = [leaf for leaf in fields if len(good) == len(bad) and leaf.of(good) != leaf.of(bad)]
@@ -332,3 +356,68 @@ def _several(scratch: Scratch, part: str, bad: bytes, good: bytes, differing: li
             undone.remove(leaf)
     first, *more = undone
     return Suspect(first.path, first.value(bad), first.value(good), tuple([leaf.path for leaf in more]))
+
+
+# ---- MSRs ----
+
+
+def _search_msrs(scratch: Scratch, bad: bytes, end: int) -> Suspect | None:
+    # The first MSR that is refused, with those that are too once it is another value, or away.
+    rows = [bad[at : at + 16] for at in range(8, len(bad), 16)]
+    found: Suspect | None = None
+    while len(rows) <= _MAX_MSRS:
+        at = _first_refused(scratch, rows, end)
+        few = None if at is None else _at_fault(scratch, rows[: at + 1], end)
+        if at is None or few is None:
+            break
+        suspect = _search_fields(scratch, "msrs", _msrs(few), end)
+        path = msr_field(_u32(rows[at], 0))
+        if suspect is None:
+            others = tuple([msr_field(_u32(row, 0)) for row in few[:-1]])
+            suspect = Suspect(path, int.from_bytes(rows[at][8:], "little"), None, others)
+        names = (suspect.field, *suspect.together)
+        if found is None:
+            found = suspect
+        else:
+            new = tuple([name for name in names if name not in (found.field, *found.together)])
+            found = Suspect(found.field, found.value, found.fix, found.together + new)
+            if not new or len(found.together) >= _MAX_NAMED:
+                break
+        # What is behind it is asked without it: nothing depends on an MSR that KVM does not take.
+        del rows[at]
+        if scratch.trials >= end or scratch.takes("msrs", _msrs(rows)):
+            break
+    return found
+
+
+def _msrs(rows: list[bytes]) -> bytes:
+    return len(rows).to_bytes(8, "little") + b"".join(rows)
+
+
+def _first_refused(scratch: Scratch, rows: list[bytes], end: int) -> int | None:
+    # Of MSRs that are refused; None: too few trials.
+    taken, refused = 0, len(rows)
+    while refused - taken > 1:
+        if scratch.trials >= end:
+            return None
+        middle = (taken + refused) // 2
+        if scratch.takes("msrs", _msrs(rows[:middle])):
+            taken = middle
+        else:
+            refused = middle
+    return refused - 1
+
+
+def _at_fault(scratch: Scratch, rows: list[bytes], end: int) -> list[bytes] | None:
+    # The last one, which is refused, and those before it without which it is not; None: too few trials.
+    *others, last = rows
+    size = len(others)
+    while size:
+        for begin in reversed(range(0, len(others), size)):
+            if scratch.trials >= end:
+                return None
+            fewer = others[:begin] + others[begin + size :]
+            if not scratch.takes("msrs", _msrs([*fewer, last])):
+                others = fewer
+        size = min(size // 2, len(others))
+    return [*others, last]

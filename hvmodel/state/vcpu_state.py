@@ -305,6 +305,7 @@ class VcpuState(State):
         if type(vcpu) is not Vcpu:
             vcpu = _vcpu_of(call, vcpu)
         known = _known_of(call, vcpu)
+        vcpu._calm = None
         state = self if parts is None else self.only(*self._names(call, known, parts))
         if _is_taken(known, state) or not any(part(name).can_fail for name in state.parts):
             layout = state._layout

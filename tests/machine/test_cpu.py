@@ -5,7 +5,10 @@ Expected: Intel SDM vol. 3 table 10-1 and section 21.1, and what the guest itsel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,7 @@ import hvmodel as hv
 from hvmodel._ffi import lib
 from hvmodel.kvm import triple_fault
 from hvmodel.machine import Cpu, Location
+from hvmodel.state import VcpuState
 from tests.cases import cases
 from tests.need import need
 
@@ -196,6 +200,9 @@ def test_a_state_to_start_in_is_out_of_smm_where_there_is_smm(smm: int, monkeypa
         def vm(self) -> Any:
             return self
 
+        def _note_calm(self) -> None:
+            pass
+
         def check_extension(self, cap: int) -> int:
             asked.append(cap)
             return smm if cap == lib.KVM_CAP_X86_SMM else 0
@@ -210,6 +217,93 @@ def test_a_state_to_start_in_is_out_of_smm_where_there_is_smm(smm: int, monkeypa
     assert asked.count(117) == 1
     want = 0x1 | 0x4 | (0x8 if smm else 0)  # KVM_VCPUEVENT_VALID_NMI_PENDING, _SHADOW, _SMM
     assert events == [(want, 0, 0)] * 2
+
+
+def test_a_state_to_start_in_looks_for_a_triple_fault_only_where_one_can_wait(
+    boot: Callable[..., hv.Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = boot("f4")  # which has called real_mode()
+    cpu, kvm = machine.vcpu, machine.vcpu.kvm
+    looked, drop = [], triple_fault.drop_triple_fault
+
+    def drops(*args: Any) -> None:
+        looked.append(args)
+        drop(*args)
+
+    monkeypatch.setattr(triple_fault, "drop_triple_fault", drops)
+
+    def put_events() -> None:
+        kvm.vcpu_events = kvm.vcpu_events
+
+    def put_sregs() -> None:
+        kvm.sregs = kvm.sregs
+
+    def sync() -> None:
+        cpu.sync.synchronize_state()
+        cpu.sync.flush()
+
+    def read() -> None:
+        machine.load(0x7C00, b"\xf4")
+        assert cpu.rip in (0x7C00, 0xFFF0)
+        assert cpu.sregs.cs.base in (0, 0xFFFF0000)
+
+    changes: list[Callable[[], object]] = [
+        lambda: machine.run(5),
+        put_events,
+        put_sregs,
+        sync,
+        lambda: VcpuState.get(cpu, ["events"]).put(cpu),
+        lambda: kvm.ioctl("KVM_NMI"),
+        lambda: cpu.inject_exception(6),
+    ]
+    for start in (cpu.real_mode, cpu.reset, lambda: cpu.protected_mode(0x7C00)):
+        for change in changes:
+            start()
+            looked.clear()
+            read()
+            cpu.real_mode()
+            assert not looked
+            change()
+            start()
+            assert len(looked) == 1
+    for _ in range(2):
+        assert kvm.fd  # who has it may do anything, at any time
+        looked.clear()
+        cpu.real_mode()
+        assert len(looked) == 1
+
+
+def test_what_real_mode_costs() -> None:
+    # On a vCPU that has not run: the registers, no events, runnable.  The APIC base is kept, so sregs are read.
+    need("kvm", "strace")
+    script = """
+import os, hvmodel as hv
+with hv.Machine(ram="64K") as machine:
+    machine.load(0x7C00, bytes([0xF4]))
+    for run in (False, False, True):
+        os.getppid()
+        machine.vcpu.real_mode()
+        os.getppid()
+        if run:
+            machine.run(5)
+            os.getppid()
+            machine.vcpu.reset()
+            os.getppid()
+"""
+    done = subprocess.run(
+        ["strace", "-qq", "-e", "trace=ioctl,getppid", "-e", "signal=none", sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    _, first, _, second, _, third, _, again, _ = re.split(r"^getppid.*$", done.stderr, flags=re.MULTILINE)
+    calls = [re.findall(r"KVM_\w+", part) for part in (first, second, third, again)]
+    least = ["KVM_GET_SREGS", "KVM_SET_SREGS", "KVM_SET_REGS", "KVM_SET_VCPU_EVENTS", "KVM_SET_MP_STATE"]
+    assert calls[:3] == [least] * 3
+    # A guest may have left a triple fault.
+    assert [name for name in calls[3] if name not in ("KVM_ENABLE_CAP", "KVM_GET_VCPU_EVENTS")] == least
+    assert calls[3].count("KVM_ENABLE_CAP") in (0, 2)
 
 
 @pytest.mark.parametrize("entry", [-1, END, 1 << 32, 1 << 70])

@@ -434,6 +434,69 @@ def test_the_bytes_are_put_back_whatever_ends_a_run(boot: Boot, kind: str) -> No
     assert host.closed
 
 
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_byte_that_cannot_be_put_back_stays_known(boot: Boot, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where memory has run out for good, the run ends with that, and the byte is put back as soon as it can be.
+    works("real", kind)
+    machine = boot(SPIN)
+    cpu, trap = machine.vcpu, {"hlt": b"\xf4", "software": b"\xcc"}[kind]
+    machine.write(0x5000, b"\x11\x22\x33")
+    for address in (0x5000, 0x5001, 0x5002):
+        cpu.add_breakpoint(address, kind)
+    write, failed = type(machine.ram).write, []
+
+    def full(block: Any, offset: int, data: bytes) -> None:
+        if (offset, data) == (0x5001, b"\x22"):
+            failed.append(offset)
+            raise MemoryError
+        write(block, offset, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(machine.ram), "write", full)
+        with pytest.raises(MemoryError):
+            machine.run(0.01)
+        assert machine.read(0x5000, 3) == b"\x11" + trap + b"\x33"  # the others are
+        so_far = len(failed)
+        assert 1 < so_far < 1000
+        with pytest.raises(MemoryError):  # before the guest runs
+            machine.run(0.01)
+        assert len(failed) > so_far
+        clear(cpu)
+        with pytest.raises(MemoryError):  # also where no breakpoint is left
+            machine.run(0.01)
+    assert machine.read(0x5000, 3) == b"\x11" + trap + b"\x33"
+    assert machine.run(0.01).reason == "timeout"
+    assert machine.read(0x5000, 3) == b"\x11\x22\x33"
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_handler_that_raises_while_bytes_are_put_back(
+    boot: Boot, is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before each byte, and behind it: that one is put back once more.
+    works("real", "hlt")
+    machine = boot(SPIN)
+    for address in (0x5000, 0x5001):
+        machine.vcpu.add_breakpoint(address, "hlt")
+    own, write, raised = machine.read(0x5000, 2), type(machine.ram).write, []
+
+    def interrupted(block: Any, offset: int, data: bytes) -> None:
+        is_first = data != b"\xf4" and offset not in raised
+        if is_late or not is_first:
+            write(block, offset, data)
+        if is_first:
+            raised.append(offset)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(machine.ram), "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            machine.run(0.01)
+    assert sorted(raised) == [0x5000, 0x5001]
+    assert machine.read(0x5000, 2) == own
+    assert machine.run(0.01).reason == "timeout"
+
+
 def test_a_block_that_outlives_the_machine_has_its_own_bytes() -> None:
     works("real", "hlt")
     with hv.RamBlock("pc.ram", "64K") as block:

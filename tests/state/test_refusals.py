@@ -26,7 +26,7 @@ from hvmodel.host import Mapping
 from hvmodel.kvm import Kvm
 from hvmodel.kvm.system import vendor_module
 from hvmodel.machine import Machine
-from hvmodel.state import DebugRegs, Lapic, MpState, Regs, VcpuEvents, Xcr, Xcrs, facts, refusals, rules
+from hvmodel.state import DebugRegs, Lapic, MpState, Msrs, Regs, VcpuEvents, Xcr, Xcrs, facts, refusals, rules
 from hvmodel.state.facts import Facts, facts_of
 from hvmodel.state.msr_rules import MSR_RULES
 from hvmodel.state.refusals import CHANGES, explain, kept
@@ -434,6 +434,83 @@ def test_fields_at_fault_together(host: Host) -> None:
         assert (found.field, found.together) == ("dr6", ("dr7",))
         assert search(scratch, "debugregs", bad, most=1) is None  # too few trials
         assert search(scratch, "debugregs", bytes(DebugRegs(dr6=1))) is None  # nothing is wrong
+
+
+# What is wrong with all of a vCPU's MSRs, and what is to be found: the field, whether a value for it, those with it.
+# 0x9999 is no MSR, STAR and the others have reserved bits (as the rules know); the order is that of the state.
+FAULTY_MSRS: list[tuple[dict[int, int], str, bool, set[str]]] = [
+    ({0xC0000082: 1 << 63}, "msrs[0xc0000082]", True, set()),
+    ({0x9999: 0}, "msrs[0x9999]", False, set()),
+    ({0xC0000082: 1 << 63, 0x2FF: 0x100}, "msrs[0x2ff]", True, {"msrs[0xc0000082]"}),
+    ({0xC0000082: 1 << 63, 0x2FF: 0x100, 0x9999: 0}, "msrs[0x2ff]", True, {"msrs[0xc0000082]", "msrs[0x9999]"}),
+    ({0x9999 + at: 0 for at in range(3)}, "msrs[0x9999]", False, {"msrs[0x999a]", "msrs[0x999b]"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "has_fix", "together"), FAULTY_MSRS)
+def test_of_many_msrs_the_one_at_fault_takes_few_trials(
+    host: Host, changes: dict[int, int], field: str, has_fix: bool, together: set[str]
+) -> None:
+    vcpu = host.vcpu()
+    good = Msrs.get(vcpu)
+    bad = good.replace(changes)
+    assert len(good) > 100
+    with Scratch(vcpu) as scratch:
+        assert search(scratch, "msrs", bytes(good)) is None
+        scratch.trials = 0
+        found = search(scratch, "msrs", bytes(bad))
+        assert found is not None
+        assert (found.field, set(found.together)) == (field, together)
+        assert (found.value, found.fix is not None) == (bad[int(field[5:-1], 16)], has_fix)
+        # Of each: 8 that halve 255 MSRs, up to 2 for each of 8 halves that are left out, 64 bits and zero; 3 more.
+        assert scratch.trials <= (1 + len(together)) * (8 + 16 + 65 + 3)
+        for most in range(1, 12):
+            begin = scratch.trials
+            search(scratch, "msrs", bytes(bad), most=most)
+            assert scratch.trials - begin <= most + 1
+
+
+def test_msrs_that_are_refused_together_are_found(host: Host) -> None:
+    # KVM_MTRR and APIC_BASE have no such pair: here KVM refuses SYSENTER_EIP = 7 behind SYSENTER_CS = 5, as it were.
+    vcpu = host.vcpu()
+    bad = Msrs.get(vcpu).replace({0x174: 5, 0x176: 7})
+
+    class Pair(Scratch):
+        def takes(self, part: str, data: bytes) -> bool:
+            self.trials += 1
+            rows = Msrs.from_bytes(data)
+            return (rows.to_dict().get(0x174), rows.to_dict().get(0x176)) != (5, 7)
+
+    with Pair(vcpu) as scratch:
+        found = search(scratch, "msrs", bytes(bad))
+        assert found is not None
+        assert {found.field, *found.together} <= {"msrs[0x174]", "msrs[0x176]"}
+        assert found.fix is not None
+        assert scratch.trials <= 8 + 4 * 8 + 2 * 65 + 3
+
+
+@pytest.mark.usefixtures("no_rules")
+def test_an_msr_that_there_is_not_is_named_without_a_rule(host: Host) -> None:
+    error = explain(host.vcpu(), "msrs", Msrs({0x10: 0, 0x9999: 5}), errno.EPERM)
+    assert isinstance(error, RefusedStateError)
+    assert (error.field, error.value, error.rule) == ("msrs[0x9999]", 5, None)
+    assert "none of its other values" in str(error)
+    assert error.accepted == "the MSRs without it"
+
+
+def test_msrs_are_read_past_those_that_cannot_be(host: Host) -> None:
+    # By one KVM_GET_MSRS for as many as it gives; one by one they are the same.
+    vcpu = host.vcpu()
+    indices = [0x9998, *Msrs.get(vcpu), 0x9999]
+    indices[100:100] = [0x999A, 0x999B]
+    assert len(indices) > 200
+    vcpu.set_msrs({0x174: 0x55})
+    like = b"".join([len(indices).to_bytes(8, "little"), *[pack("<IIQ", index, 0, 7) for index in indices]])
+    alone = [Msrs.from_bytes(get_part(vcpu, "msrs", msr(index, 7)))[index] for index in indices if index != 0x10]
+    whole = Msrs.from_bytes(get_part(vcpu, "msrs", like)).to_dict()
+    del whole[0x10]  # the TSC
+    assert list(whole.values()) == alone
+    assert [whole[index] for index in (0x174, 0x9998, 0x9999, 0x999A, 0x999B)] == [0x55, 0, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("no_rules")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterable
+from struct import pack
 
 import pytest
 from hypothesis import given
@@ -38,9 +39,24 @@ MSRS = st.dictionaries(U32, U64, max_size=6).map(Msrs)
 ENTRIES = st.lists(st.builds(CpuidEntry, *[U32] * 7), max_size=5)
 LSTAR, STAR = 0xC0000082, 0xC0000081
 
+# With padding that is not 0, as nobody but bytes can have it.
+PADDED_MSRS = st.tuples(U32, st.dictionaries(U32, st.tuples(U32, U64), max_size=4)).map(
+    lambda drawn: Msrs.from_bytes(
+        pack("<II", len(drawn[1]), drawn[0])
+        + b"".join(pack("<IIQ", index, reserved, value) for index, (reserved, value) in drawn[1].items())
+    )
+)
+PADDED_CPUID = st.tuples(U32, st.lists(st.tuples(*[U32] * 10), max_size=4)).map(
+    lambda drawn: CpuidTable.from_bytes(
+        pack("<II", len(drawn[1]), drawn[0]) + b"".join(pack("<10I", *row) for row in drawn[1])
+    )
+)
+
 VALUES = st.one_of(
     MSRS,
+    PADDED_MSRS,
     ENTRIES.map(CpuidTable),
+    PADDED_CPUID,
     st.binary(min_size=4096, max_size=4096).map(Xsave.from_bytes),
     st.builds(lambda at, data: NestedState.make("vmx", 3, data, vmcs12_pa=at), U64, st.binary(max_size=40)),
     st.builds(lambda at, data: NestedState.make("svm", 0x100, data, vmcb_pa=at), U64, st.binary(max_size=40)),
@@ -136,7 +152,11 @@ def test_wrong_bytes_of_msrs() -> None:
             Msrs.from_bytes(wrong)
     with pytest.raises(ArgumentError, match="once"):
         Msrs.from_bytes((2).to_bytes(8, "little") + 2 * (5).to_bytes(16, "little"))
-    for document in ([], {"x": 1}, {"0x10": "1"}, {"0x10": 1, "16": 2}):
+    for document in (
+        *([], {"x": 1}, {"0x10": "1"}, {"0x10": 1, "16": 2}, {5: 1}),
+        *({"pad": -1}, {"pad": 1 << 32}, {"pad": True}, {"0x10": {"data": 1}}, {"0x10": {"data": 1, "reserved": "x"}}),
+        *({"0x10": {"data": 1, "reserved": 1 << 32}}, {"0x10": {"data": "1", "reserved": 1}}),
+    ):
         with pytest.raises((ArgumentError, ArgumentTypeError)):
             Msrs.from_json(document)
 
@@ -222,9 +242,32 @@ def test_wrong_bytes_of_cpuid() -> None:
             CpuidTable.from_bytes(wrong)
     with pytest.raises(ArgumentError, match="too many"):
         CpuidTable([CpuidEntry(1)] * 257)
-    for document in ({}, [5], [{"index": 1}], [{"function": 1, "x": 2}]):
+    for document in (
+        *({}, [5], [{"index": 1}], [{"function": 1, "x": 2}], [{"padding": "1"}], [{"function": 1}, {"padding": 1}]),
+        *([{"function": 1, "padding": 1}], [{"function": 1, "padding": [1, 2]}]),
+        [{"function": 1, "padding": [1, 2, None]}],
+    ):
         with pytest.raises(ArgumentTypeError):
             CpuidTable.from_json(document)
+    for document in ([{"padding": -1}], [{"function": 1, "padding": [0, 0, 1 << 32]}]):
+        with pytest.raises(ArgumentError):
+            CpuidTable.from_json(document)
+
+
+def test_padding_that_kvm_keeps_is_kept_in_json(kvm: Kvm) -> None:
+    # KVM_SET_CPUID2 takes any padding in an entry, and KVM_GET_CPUID2 gives it.
+    data = pack("<II", 1, 0) + pack("<10I", 0x40000000, 0, 0, 1, 2, 3, 4, 5, 6, 7)
+    with kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
+        CpuidTable.from_bytes(data).put(vcpu)
+        got = CpuidTable.get(vcpu)
+    assert bytes(got) == data
+    assert bytes(CpuidTable.from_json(json.loads(json.dumps(got.to_json())))) == data
+    assert [str(row) for row in got.diff(CpuidTable(got))] == [
+        f"[0x40000000].padding[{at}]: {5 + at:#x} -> None" for at in range(3)
+    ]
+    msrs = Msrs.from_bytes(pack("<II", 1, 9) + pack("<IIQ", STAR, 8, 7))
+    assert msrs.to_json() == {"pad": 9, "0xc0000081": {"data": 7, "reserved": 8}}
+    assert dict(msrs.items()) == {"pad": 9, "[0xc0000081]": 7, "[0xc0000081].reserved": 8}
 
 
 # ---- XSAVE ----
