@@ -22,6 +22,7 @@ NAMES = {
     "import": "imports",
     "kick": "kick",
     "lifecycle": "lifecycle",
+    "mmu": "mmu",
     "ram": "ram",
     "state": "state",
     "sync": "sync",

@@ -78,7 +78,7 @@ def guests() -> dict[str, bytes]:
     """The guests that ship with hvmodel: name -> flat image, to be loaded and entered at 0x7C00.
 
     >>> sorted(guests())
-    ['hello']
+    ['hello', 'walks']
     """
     return {
         ffi.string(guest.name).decode(): bytes(ffi.buffer(guest.data, guest.size))

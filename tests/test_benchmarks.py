@@ -44,7 +44,7 @@ def documents() -> list[dict[str, Any]]:
 
 
 # A fast run has one of them as a run of its own, for the others the run of all.
-@pytest.mark.parametrize("name", ["exits", "flatview", "import", "kick", "lifecycle", "state"])
+@pytest.mark.parametrize("name", ["exits", "flatview", "import", "kick", "lifecycle", "mmu", "state"])
 def test_prints_its_results_as_json(name: str, documents: list[dict[str, Any]]) -> None:
     if cases(name == "kick", True):
         done = _run(name, "--json", "--short")

@@ -9,6 +9,7 @@ import inspect
 import os
 import pkgutil
 import resource
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,8 @@ from hvmodel._ffi import lib
 from hvmodel.host import PageMap
 from hvmodel.kvm import vcpu as vcpu_module
 from hvmodel.machine import machine as machine_module
+from hvmodel.mmu import reset_all_pte_masks
+from hvmodel.witness.check_simulator import ShadowLab
 from tests.cases import cases
 from tests.need import need, need_cap
 
@@ -383,6 +386,21 @@ def _qemu(_stack: ExitStack) -> object:
     return Qemu("-m", "16M")
 
 
+def _gdbstub(stack: ExitStack) -> object:
+    from hvmodel.witness.gdbstub import GdbStub, frame
+
+    ours, theirs = socket.socketpair()
+    stack.enter_context(theirs).sendall(b"+" + frame(b"PacketSize=400"))
+    return GdbStub(ours)
+
+
+def _tcg(_stack: ExitStack) -> object:
+    need("qemu")
+    from hvmodel.witness.tcg import TcgWalks
+
+    return TcgWalks()
+
+
 def _layout(name: str) -> object:
     from hvmodel.machine import layouts
 
@@ -407,7 +425,12 @@ OWNERS: dict[str, Callable[[ExitStack], object]] = {
     "Stats": _stats,
     "Tracefs": _tracefs,
     "Instance": _instance,
+    "KvmTrace": lambda _: hv.witness.KvmTrace(),
+    "MmuLab": lambda _: hv.witness.MmuLab([hv.witness.LabSlot(1 << 24, 1 << 16)], trace=False),
+    "ShadowLab": lambda _: ShadowLab(reset_all_pte_masks(46, mmio_caching=False)),
     "Qemu": _qemu,
+    "GdbStub": _gdbstub,
+    "TcgWalks": _tcg,
     "PcLayout": lambda _: _layout("PcLayout"),
     "Q35Layout": lambda _: _layout("Q35Layout"),
 }
@@ -418,6 +441,9 @@ FORGOTTEN = OWNERS | {"Vcpu": lambda _: hv.Kvm().create_vm().create_vcpu(0)}
 # What warns for one that was forgotten, where that is not the class itself.
 WARNS = {"RamBlock": ("MemFd", "Mapping"), "Machine": ("Kvm", "Vm", "Vcpu", "MemFd", "Mapping"), "Instance": ("",)}
 WARNS["Scratch"] = ("Vm", "Vcpu")
+WARNS["KvmTrace"] = ("tracing instance",)
+WARNS["MmuLab"] = ("Kvm", "Vm", "Vcpu", "Mapping")
+WARNS["ShadowLab"] = ("Kvm", "Vm", "Vcpu", "Mapping", "PageMap", "tracing instance")
 WARNS |= dict.fromkeys(("PcLayout", "Q35Layout"), ("MemFd", "Mapping"))
 
 
@@ -428,7 +454,7 @@ def warm_up(name: str) -> None:
         with ExitStack() as stack:
             OWNERS[name](stack).close()  # type: ignore[attr-defined]
     except hv.HostError as error:
-        if name not in ("Tracefs", "Instance"):
+        if name not in ("Tracefs", "Instance", "KvmTrace", "ShadowLab"):
             raise
         pytest.skip(f"needs tracefs: {error}")
 

@@ -355,8 +355,10 @@ class ExceptionQueue:
         told = not is_soft(exception.vector)
         injected = exception.injected or (exception.pending and not self.exception_payload_enabled)
         flags = _NMI_PENDING | _SHADOW | _SMM
-        flags |= _PAYLOAD if self.exception_payload_enabled else 0
-        flags |= _TRIPLE_FAULT if self.triple_fault_event else 0
+        if self.exception_payload_enabled:
+            flags |= _PAYLOAD
+        if self.triple_fault_event:
+            flags |= _TRIPLE_FAULT
         return {
             "exception.injected": int(told and injected),
             "exception.nr": exception.vector,

@@ -222,13 +222,14 @@ class SregsLimits(Value):
         if vendor == "kvm_pvm":
             flags = None if processor is None else {flag.upper() for flag in processor}
             for bit in _PVM_CR4:
-                there = bit is not CR4.LA57 if flags is None else not flags.isdisjoint(CR4_FEATURES[bit])
-                allowed |= int(bit) if there else 0
+                if bit is not CR4.LA57 if flags is None else not flags.isdisjoint(CR4_FEATURES[bit]):
+                    allowed |= int(bit)
             # The x2APIC is KVM's own, and LAM is not offered.
             x2apic, lam = has_feature(mine, "X2APIC"), False
         else:
             for bit, names in CR4_FEATURES.items():
-                allowed |= int(bit) if any(has(name) for name in names) else 0
+                if any(has(name) for name in names):
+                    allowed |= int(bit)
             x2apic, lam = has("X2APIC"), has("LAM")
         return cls(vendor, max_phys_bits(mine), allowed, x2apic, lam, unrestricted, apic_base)
 

@@ -366,17 +366,17 @@ class PageTables:
     def _fill(self, start: int, gpa: int, length: int, page: int, flags: int) -> None:
         level = self._level(page)
         shift, bits = self._format.levels[level - 1]
-        at, last = start >> shift, (start + length - 1) >> shift
-        while at <= last:
-            end = min(last, at | (1 << bits) - 1)  # the last one of this table
-            count = end - at + 1
+        at, stop = start >> shift, (start + length) >> shift
+        while at < stop:
+            end = min(stop, (at >> bits) + 1 << bits)  # where this table ends
+            count = end - at
             addresses = range(gpa, gpa + count * page, page)
             if self._format.entry == 4:
                 entries = [(to & 0xFFFFFFFF) | to >> 32 << 13 | flags for to in addresses]
             else:
                 entries = [to | flags for to in addresses]
             self._store(level, at, entries)
-            at, gpa = end + 1, gpa + count * page
+            at, gpa = end, gpa + count * page
 
     # ---- looking up, as the processor does ----
 

@@ -2,9 +2,12 @@
 
 commands   the command line: options, help, errors as one sentence and a status
 boot       a guest's run: its output, its exits, how it ended
+decode     words of the MMU by their bits
 info       what this host's KVM is and can do
+masks      the masks of KVM's page table entries
 mtree      the memory of a board, as QEMU prints it
 ram        what guest RAM costs the host
+walk       walks of page tables in an image
 terminal   tables, and writing to descriptors
 """
 

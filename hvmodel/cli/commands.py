@@ -12,6 +12,7 @@ import click
 from .. import __version__
 from ..errors import ArgumentError, BuildError, HostError, HvError, KvmError
 from ..units import MiB
+from .decode import KINDS
 from .status import BAD_INPUT, BOOT, FAULT, INTERRUPTED, MISMATCH, NO_KVM, OK
 from .terminal import OutputError, ReaderGoneError, line, say, table
 
@@ -244,6 +245,78 @@ def _machine(ram: int, unclaimed: Literal["open_bus", "strict"]) -> Machine:
             raise Refusal(BAD_INPUT, str(error)) from None
 
 
+# ---- decode ----
+
+
+@hvmodel.command()
+@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("values", nargs=-1)
+@click.option("--level", type=int, help="spte, ept: level of the table it stands in, 1 to 5.  [default: 1]")
+@click.option("--ept", "flavour", flag_value="ept", help="spte: of a KVM that uses EPT.")
+@click.option("--npt", "flavour", flag_value="npt", help="spte: of a KVM that uses NPT.")
+@click.option("--ad/--no-ad", default=None, help="spte --ept: with accessed and dirty flags.  [default: with]")
+@click.option("--exec-only/--no-exec-only", default=None, help="spte, ept: entries may execute alone.  [default: may]")
+@click.option("--mbec", is_flag=True, default=None, help="ept: with mode-based execute control.")
+@click.option("--kernel", help="spte, role, cpu-role: by the rules of this kernel.  [default: 6.18]")
+@click.option("--phys-bits", type=int, help="spte, ept, eptp: width of physical addresses.  [default: 46; ept: 52]")
+@click.option("--cap", "capability", help="eptp: IA32_VMX_EPT_VPID_CAP of the processor.")
+@click.option("--reason", help="qualification: the exit reason, 48 or EPT_VIOLATION.")
+@click.option("--vector", type=int, help="qualification of reason 0: vector of the exception.")
+@click.option("--table/--lines", "as_table", default=None, help="A table or a line each.  [default: a table for one]")
+@_json
+def decode(
+    kind: str,
+    values: tuple[str, ...],
+    level: int | None,
+    flavour: str | None,
+    ad: bool | None,
+    exec_only: bool | None,
+    mbec: bool | None,
+    kernel: str | None,
+    phys_bits: int | None,
+    capability: str | None,
+    reason: str | None,
+    vector: int | None,
+    as_table: bool | None,
+    as_json: bool,
+) -> int:
+    """Words of the MMU by their bits: VALUES of a KIND, in hexadecimal (0x...) or decimal; "-" or none: from stdin.
+
+    --json prints an array of objects.
+
+    \b
+    Kinds:
+      spte           a shadow page table entry        ept       an EPT entry, as the processor reads it
+      role, cpu-role kvm_mmu_page_role, kvm_cpu_role  eptp      an EPT pointer
+      pfec           a page fault's error code        vmx-ept-cap  IA32_VMX_EPT_VPID_CAP
+      exit-reason, qualification: of a VM exit
+
+    \b
+    Exit status:
+      0  all values are such words
+      1  some value has a problem, which is printed
+      2  bad input
+    """
+    from .decode import Options, show
+
+    options = Options(
+        level=level,
+        reason=reason,
+        vector=vector,
+        flavour=flavour,
+        kernel=kernel,
+        phys_bits=phys_bits,
+        capability=capability,
+        ad=ad,
+        exec_only=exec_only,
+        mbec=mbec,
+    )
+    try:
+        return show(kind, values, options, as_json=as_json, as_table=as_table)
+    except ArgumentError as error:
+        raise Refusal(BAD_INPUT, str(error)) from None
+
+
 # ---- info ----
 
 
@@ -292,6 +365,53 @@ def ioctls(as_json: bool) -> int:
         ),
     )
     return OK
+
+
+# ---- masks ----
+
+
+@hvmodel.command()
+@click.option("--kernel", help="The rules of this kernel, as 6.18.")
+@click.option("--ept", "flavour", flag_value="ept", help="kvm_intel with EPT.")
+@click.option("--npt", "flavour", flag_value="npt", help="kvm_amd with NPT.")
+@click.option("--ad/--no-ad", default=None, help="With --ept: accessed and dirty flags.  [default: with]")
+@click.option("--exec-only/--no-exec-only", default=None, help="With --ept: entries may execute alone.  [default: may]")
+@click.option("--phys-bits", type=int, help="Width of physical addresses, 32 to 52.  [default: 46]")
+@_json
+def masks(
+    kernel: str | None,
+    flavour: str | None,
+    ad: bool | None,
+    exec_only: bool | None,
+    phys_bits: int | None,
+    as_json: bool,
+) -> int:
+    """The masks that KVM makes its page table entries of: this host's and where each is from, or, with any option,
+    those of a kernel and processor that are told.
+
+    Exit status: 0; 2 for bad input; 8 where this host does not show what its masks are.
+    """
+    from ..witness.result import Lacking
+    from .masks import gather, show
+
+    if flavour != "ept" and (ad is not None or exec_only is not None):
+        raise click.UsageError("--ad and --exec-only are about EPT: they go with --ept")
+    told = kernel is not None or flavour is not None or phys_bits is not None
+    try:
+        found = gather(
+            kernel=kernel,
+            ept=flavour == "ept",
+            npt=flavour == "npt",
+            ad=ad is not False,
+            exec_only=exec_only is not False,
+            phys_bits=phys_bits,
+            host=not told,
+        )
+    except Lacking as error:
+        raise Refusal(NO_KVM, f"lacking: {error}; --ept, --npt and --kernel tell what to show") from None
+    except ArgumentError as error:
+        raise Refusal(BAD_INPUT, str(error)) from None
+    return show(found, as_json=as_json)
 
 
 # ---- mtree ----
@@ -409,3 +529,72 @@ def verify(names: tuple[str, ...], slow: bool, as_json: bool) -> int:
     if any(not result.ok and not result.skipped for _, result in found):
         return MISMATCH
     return OK if any(result.ok for _, result in found) else NO_KVM
+
+
+# ---- walk ----
+
+
+class _Number(click.ParamType[int]):
+    name = "number"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from .decode import number_of
+
+        try:
+            return number_of(str(value), "number", "walk")
+        except ArgumentError as error:
+            self.fail(f"{error.value!r}; accepted: {error.accepted}", param, ctx)
+
+
+@hvmodel.command()
+@click.argument("image")
+@click.argument("gva", nargs=-1)
+@click.option("--cr3", type=_Number(), help="Where the root table is.  [this or --eptp]")
+@click.option("--eptp", type=_Number(), help="The tables are EPT's, GVA is a guest physical address.")
+@click.option("--cr0", type=_Number(), help="[default: 0x80010001, PG WP PE]")
+@click.option("--cr4", type=_Number(), help="[default: 0x20, PAE]")
+@click.option("--efer", type=_Number(), help="[default: 0xd00, LME LMA NXE]")
+@click.option("--rflags", type=_Number(), help="Of it, AC counts (SMAP).")
+@click.option("--pkru", type=_Number(), help="Protection keys.")
+@click.option("--phys-bits", "maxphyaddr", type=int, help="Width of physical addresses, 32 to 52.  [default: 52]")
+@click.option(
+    "--at", type=_Number(), default="0", help="Guest physical address of the image's first byte.  [default: 0]"
+)
+@click.option("-w", "--write", is_flag=True, help="The access is a write.")
+@click.option("-x", "--fetch", is_flag=True, help="The access is a fetch.")
+@click.option("-u", "--user", is_flag=True, help="The access is by CPL 3.")
+@_json
+def walk(
+    image: str,
+    gva: tuple[str, ...],
+    cr3: int | None,
+    eptp: int | None,
+    at: int,
+    write: bool,
+    fetch: bool,
+    user: bool,
+    as_json: bool,
+    **registers: int | None,
+) -> int:
+    """Walk page tables in an IMAGE of guest memory, for each GVA ("-" or none: from stdin), as KVM's walker does.
+
+    \b
+    Exit status:
+      0  every address leads somewhere
+      1  one faults
+      2  bad input
+    """
+    from .walk import ImageError, show, walker_of
+
+    if (cr3 is None) == (eptp is None):
+        raise click.UsageError("one of --cr3 and --eptp says where the root table is")
+    if write and fetch:
+        raise click.UsageError("an access is a write or a fetch, not both")
+    given = {name: value for name, value in registers.items() if value is not None}
+    if cr3 is not None:
+        given["cr3"] = cr3
+    try:
+        walker = walker_of(image, at, given, eptp=eptp)
+        return show(walker, gva, write << 1 | user << 2 | fetch << 4, as_json=as_json)
+    except (ArgumentError, ImageError) as error:
+        raise Refusal(BAD_INPUT, str(error)) from None

@@ -48,6 +48,7 @@ from .cpu import MAX_INSN, Cpu, is_64_bit_code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _weakref import ref
     from collections.abc import Iterator
     from types import TracebackType
     from typing import Any, Literal, Self
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from ..host.mapping import Writable
     from ..kvm.batch import Batch
     from ..kvm.exits import Exit
+    from ..mmu.guest_memory import GuestMemory
+    from ..mmu.walk import Walk, Walker
     from ..ram.backend import MemoryBackend
     from ..ram.flatview import FlatView, Row
     from .console import Console
@@ -184,6 +187,7 @@ class Machine:
         self._console: Console | None = None
         self._debug_rule: int | None = None  # the port of the rule for debug_exit
         self._roms: list[RamBlock] = []
+        self._walked: list[ref[GuestMemory]] = []  # by the walkers that are out
         self._owned: list[Any] = []  # closed in reverse
         self._views: tuple[FlatView | None, FlatView | None] = (None, None)  # of which `_devices` is the answer
         self._devices = False  # whether there is anything but RAM and ROM in them
@@ -224,6 +228,9 @@ class Machine:
         BufferError: a view of the RAM is alive; the VM is closed by then, and a later close() releases the rest.
         """
         self._closed = True
+        for walked in self._walked:
+            if (memory := walked()) is not None:
+                memory.close()
         while self._owned:
             self._owned[-1].close()
             self._owned.pop()
@@ -293,6 +300,34 @@ class Machine:
         """A context manager: the same, writable; its pages count as written by the host; see RamBlock.writable."""
         block, offset = self._find("Machine.writable", gpa, size)
         return block.writable(offset, size)
+
+    def walker(self) -> Walker:
+        """A Walker of the vCPU's page tables, by its registers, PKRU and CPUID as they are now, in RAM in place.
+
+        It reads RAM as it is at each walk, but keeps those registers.  RAM that it has views of cannot be unmapped
+        before it is gone, or was closed; `close()` of the machine closes it.  See hvmodel.mmu.Walker and docs/walk.md.
+
+        BusyError where another thread runs the vCPU; ClosedError; what RamBlock.view raises.
+        """
+        from .walk import walker
+
+        return walker(self)
+
+    def walk(self, gva: int, access: int = 0, update: bool = False) -> Walk:
+        """Walk one linear address, as `walker().walk(gva, access, update)`; for many, keep a walker.
+
+        `access`: PFERR bits: 0 a read by the supervisor, W 2, U 4, F 0x10.  `update`: set A and D in the tables.
+
+        >>> with Machine(ram="16M") as m:
+        ...     tables = m.vcpu.long_mode(entry=0x1000)
+        ...     m.walk(0x20_1234), len(m.walk(0x20_1234).entries)
+        (<Walk 0x201234 -> 0x201234, level 2, access 1>, 3)
+        """
+        walker = self.walker()
+        try:
+            return walker.walk(gva, access, update)
+        finally:
+            walker.close()
 
     def load(self, gpa: int, image: Buffer) -> None:
         """Load a flat image at `gpa`.

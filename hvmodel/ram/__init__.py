@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .region import MemoryRegion, MemoryRegionOps
     from .sharing import receive_block, send_block
     from .topology import transaction
+    from .walk import Walks, walk_many
 
 # Where what a bare machine does not need comes from, at its first use.
 _LAZY = {
@@ -41,6 +42,7 @@ _LAZY = {
     "MemoryRegionOps": "region",
     "MemoryRegionSection": "listener",
     "RamList": "ramlist",
+    "Walks": "walk",
     "address_spaces": "address_space",
     "find_ram_offset": "ramlist",
     "info_mtree": "mtree",
@@ -48,6 +50,7 @@ _LAZY = {
     "receive_block": "sharing",
     "send_block": "sharing",
     "transaction": "topology",
+    "walk_many": "walk",
 }
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
     "MemoryRegionSection",
     "RamBlock",
     "RamList",
+    "Walks",
     "address_spaces",
     "find_ram_offset",
     "host_memory",
@@ -81,6 +85,7 @@ __all__ = [
     "receive_block",
     "send_block",
     "transaction",
+    "walk_many",
 ]
 
 

@@ -32,12 +32,14 @@ VMLINUX = "/sys/kernel/btf/vmlinux"
 
 _HEADER = struct.Struct("<HBBIIIII")
 _TYPE = struct.Struct("<III")
+_PARAMETER = struct.Struct("<II")
 
 # Kinds, by the numbers of btf.rst.
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT = range(1, 12)
 _FUNC, _FUNC_PROTO, _VAR, _DATASEC, _FLOAT, _DECL_TAG, _TYPE_TAG, _ENUM64 = range(12, 20)
 
 _NAMED = (_STRUCT, _UNION, _ENUM, _TYPEDEF, _ENUM64)
+_INDEXED = (*_NAMED, _FUNC)  # what can be found by its name
 _ALIASES = (_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG)
 _FIXED_EXTRA = {_INT: 4, _ARRAY: 12, _VAR: 4, _DECL_TAG: 4}  # bytes after the common 12
 _PER_ITEM_EXTRA = {_STRUCT: 12, _UNION: 12, _ENUM: 8, _FUNC_PROTO: 8, _DATASEC: 12, _ENUM64: 12}  # times vlen
@@ -51,7 +53,7 @@ class BtfError(HvError, ValueError):
 
 
 class BtfLookupError(HvError, LookupError):
-    """The kernel's BTF has no type of this name: `kind` ("struct", "enum"), `name`, `source` (the file)."""
+    """The kernel's BTF has no type of this name: `kind` ("struct", "enum", "function"), `name`, `source` (the file)."""
 
     def __init__(self, kind: str, name: str, source: str) -> None:
         self.kind, self.name, self.source = kind, name, source
@@ -124,7 +126,7 @@ class Btf:
         if not self._strings.endswith(b"\0"):
             raise BtfError(f"{source}: the string section does not end with a zero byte")
         self._offsets: list[int] = []  # of each type in _data, from _first_id on
-        self._by_name: dict[int, list[int]] = {}  # offset of a name -> ids of struct, union, enum, typedef
+        self._by_name: dict[int, list[int]] = {}  # offset of a name -> ids of _INDEXED
 
     @classmethod
     def from_kernel(cls, path: str | os.PathLike[str] = VMLINUX, base: Btf | None = None) -> Self:
@@ -183,6 +185,21 @@ class Btf:
                 return dict(self._enumerators(ident))
         raise BtfLookupError("enum", name, self.source)
 
+    def function(self, name: str) -> dict[str, str]:
+        """The parameters of the function `name`, in order: name -> type in words.  BtfLookupError when there is none.
+
+        The kernel has those of functions that it did not inline everywhere.
+        """
+        for found in self._named(name, (_FUNC,)):
+            proto = self._header(found)[3]
+            at, kind, count, _, _, _ = self._header(proto)
+            if kind != _FUNC_PROTO:
+                raise BtfError(f"{self.source}: function {name} is of type {proto}, which is no function's")
+            data = self._owner(proto)._data
+            pairs = [_PARAMETER.unpack_from(data, at + _TYPE.size + i * _PARAMETER.size) for i in range(count)]
+            return {self._string(word): self._words(ident) for word, ident in pairs}
+        raise BtfLookupError("function", name, self.source)
+
     def enumerators(self) -> dict[str, int]:
         """Every enumerator of every enum, named or not, base included: name -> value.  Takes 0.3 s for a kernel."""
         found = self.base.enumerators() if self.base else {}
@@ -222,7 +239,7 @@ class Btf:
             if not 1 <= kind <= _ENUM64:
                 raise BtfError(f"{self.source}: type {ident} at byte {at} has kind {kind}, unknown here")
             offsets.append(at)
-            if name and kind in _NAMED:
+            if name and kind in _INDEXED:
                 by_name.setdefault(name, []).append(ident)
             at += _TYPE.size + fixed(kind, 0) + per_item(kind, 0) * (info & 0xFFFF)
             ident += 1

@@ -78,7 +78,7 @@ def _lost(process: subprocess.Popen[bytes], monitor: socket.socket, errors: IO[b
         warnings.warn(f"unclosed Qemu(pid={process.pid})", ResourceWarning, stacklevel=2)
 
 
-def _start(words: list[str]) -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
+def _start(words: list[str], fds: Sequence[int]) -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
     # The process, our end of its monitor, and what it says.
     call = "socketpair"
     with contextlib.ExitStack() as undo:
@@ -94,7 +94,7 @@ def _start(words: list[str]) -> tuple[subprocess.Popen[bytes], socket.socket, IO
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                pass_fds=(fd,),
+                pass_fds=(fd, *fds),
                 start_new_session=True,
             )
         except OSError as error:
@@ -119,7 +119,8 @@ class Qemu:
     """QEMU with these options, stopped before the first instruction; see the module's text.
 
     `options` are added to the command line; `machine` is its -machine, `accel` its -accel.  `prefix` goes before the
-    command: ("strace", "-f", "-o", path).  `timeout` in seconds bounds the start and every command.
+    command: ("strace", "-f", "-o", path).  `fds`: open descriptors that it inherits, under the numbers they have here.
+    `timeout` in seconds bounds the start and every command.
 
     Raises Lacking where QEMU is not installed, QemuError with QEMU's words where it refuses the options, HostError of
     the calls.
@@ -133,6 +134,7 @@ class Qemu:
         machine: str = "pc",
         accel: str = "tcg",
         prefix: Sequence[str] = (),
+        fds: Sequence[int] = (),
         timeout: float = 60.0,
     ) -> None:
         for option in (*options, machine, accel, *prefix):
@@ -150,7 +152,7 @@ class Qemu:
         words = [*dies, *prefix, *(dies if prefix else ()), binary, *_STOPPED]
         words += ["-accel", accel, "-machine", machine, *options]
         self._call = " ".join([BINARY, "-machine", machine, *options])
-        process, ours, errors = _start(words)
+        process, ours, errors = _start(words, fds)
         self._process, self._monitor, self._errors = process, ours, errors
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _lost, process, ours, errors, self._owner)

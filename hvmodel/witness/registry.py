@@ -15,8 +15,10 @@ from .result import CheckResult, Lacking, Tally
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import TypeVar
 
     Function = Callable[[Tally, int], None]
+    _F = TypeVar("_F", bound=Function)
 
 __all__ = ["Check", "check", "registered", "run"]
 
@@ -33,6 +35,14 @@ MODULES = (
     "check_refusals",
     "check_sync",
     "check_state",
+    "check_walk",
+    "check_tcg",
+    "check_spte",
+    "check_masks",
+    "check_ept",
+    "check_role",
+    "check_mmu_small",
+    "check_simulator",
 )
 
 _PREFIX = "check_"
@@ -86,7 +96,7 @@ class Check(Value):
 _checks: dict[str, Check] = {}
 
 
-def check(model: str, witness: str, *, cases: int = 1, slow: int | None = None) -> Callable[[Function], Function]:
+def check(model: str, witness: str, *, cases: int = 1, slow: int | None = None) -> Callable[[_F], _F]:
     """Decorator: register `check_NAME(tally, cases)` as the check NAME of `model` by `witness`.
 
     `cases` is the number of cases of a fast run and `slow` (by default the same) of a thorough one; a check whose
@@ -96,7 +106,7 @@ def check(model: str, witness: str, *, cases: int = 1, slow: int | None = None) 
     if not 1 <= cases <= slow:
         raise ArgumentError("check", "cases", cases, f"1 to {slow}, the number of a slow run")
 
-    def register(function: Function) -> Function:
+    def register(function: _F) -> _F:
         name = function.__name__.removeprefix(_PREFIX)
         for other in _checks.values():
             if other.name == name or (other.model, other.witness) == (model, witness):

@@ -45,6 +45,7 @@ _MOUNT_ATTRS = 0x2 | 0x4 | 0x8  # nosuid, nodev, noexec
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO: inode of the initial pid namespace
 
 _NAME = re.compile(r"hvmodel-(\d+)-(\d+)-\d+")
+_EVENT = re.compile(r"\w+:\w+")  # an event's name, no pattern
 
 # What an instance inherits from the top instance and would change what ours records.
 _OPTIONS = {"overwrite": True, "stacktrace": False, "userstacktrace": False, "pause-on-trace": False}
@@ -222,6 +223,8 @@ class Tracefs:
         """
         if ":" not in pattern:
             raise ArgumentError("Tracefs.events", "pattern", pattern, self._near(pattern), "no system:name")
+        if _EVENT.fullmatch(pattern) and self._has(pattern):
+            return [pattern]  # one event's name: the list of all need not be read
         found = [event for event in self._available() if fnmatchcase(event, pattern)]
         if not found:
             raise ArgumentError("Tracefs.events", "event", pattern, self._near(pattern), "not in this kernel")
@@ -233,6 +236,10 @@ class Tracefs:
             raise ArgumentError("Tracefs.format", "event", event, "one event's name, no pattern")
         system, _, name = event.partition(":")
         return parse_format(self.read_text(f"events/{system}/{name}/format"), system)
+
+    def _has(self, event: str) -> bool:
+        system, _, name = event.partition(":")
+        return system != "ftrace" and os.access(f"events/{system}/{name}/format", os.R_OK, dir_fd=self.fileno())
 
     def _available(self) -> list[str]:
         # "ftrace" are the kernel's own records, which cannot be enabled.

@@ -19,7 +19,7 @@ from tests.need import need
 
 # Kinds, by the numbers of Documentation/bpf/btf.rst.
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF, VOLATILE, CONST = range(1, 11)
-ENUM64 = 19
+FUNC, FUNC_PROTO, ENUM64 = 12, 13, 19
 FLAG = 1 << 31  # kind_flag
 
 
@@ -162,6 +162,31 @@ def test_no_such_enum() -> None:
         Btf(DEMO).enum("demo")
 
 
+def functions() -> bytes:
+    """void first(void); static int second(u32 at, void *, ...) as the kernel's BTF has them, and a func of an int."""
+    s = Strings()
+    types = type_(s("u32"), INT, 0, 4, 32)  # 1
+    types += type_(0, PTR, 0, 0)  # 2: void *
+    types += type_(0, FUNC_PROTO, 0, 0)  # 3
+    types += type_(0, FUNC_PROTO, 3, 1, s("at"), 1, s("where"), 2, 0, 0)  # 4: the dots have neither name nor type
+    types += type_(s("first"), FUNC, 1, 3)  # 5
+    types += type_(s("second"), FUNC, 0, 4)  # 6
+    types += type_(s("broken"), FUNC, 0, 1)  # 7
+    return blob(types, s.data)
+
+
+def test_the_parameters_of_a_function() -> None:
+    btf = Btf(functions())
+    assert btf.function("first") == {}
+    assert list(btf.function("second").items()) == [("at", "u32"), ("where", "void *"), ("", "void")]
+    assert "second" not in btf  # a function is no type
+    with pytest.raises(BtfError, match="function broken is of type 1"):
+        btf.function("broken")
+    for name in ("u32", "nowhere", ""):
+        with pytest.raises(BtfLookupError, match=f"no function {name}:"):
+            btf.function(name)
+
+
 def test_split_btf_goes_on_from_its_base() -> None:
     base = Btf(DEMO)
     s = Strings(len(STRINGS))
@@ -290,6 +315,11 @@ def test_the_kernels_enums(kernel: Btf) -> None:
     found = kernel.enum("bpf_cmd")
     assert list(found)[:3] == ["BPF_MAP_CREATE", "BPF_MAP_LOOKUP_ELEM", "BPF_MAP_UPDATE_ELEM"]
     assert list(found.values())[:3] == [0, 1, 2]
+
+
+def test_the_kernels_functions(kernel: Btf) -> None:
+    # include/linux/fs.h: ssize_t vfs_read(struct file *, char __user *, size_t, loff_t *), of every kernel
+    assert list(kernel.function("vfs_read").values()) == ["struct file *", "char *", "size_t", "loff_t *"]
 
 
 def test_the_kernels_kvm_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,3 +222,62 @@ def test_bad_names_and_numbers() -> None:
         register_of([(1, 0, 0, "1", 2, 3, 4)], 1, 0, "eax")  # type: ignore[list-item]
     with pytest.raises(ArgumentError, match="ebx"):
         vendor_of([(0, 0, 0, 0, 1 << 32, 0, 0)])
+
+
+# linux:arch/x86/include/asm/cpufeatures.h, arch/x86/kvm/reverse_cpuid.h: one of each register.
+@pytest.mark.parametrize(
+    ("name", "leaf", "subleaf", "register", "bit"),
+    [
+        ("XMM3", 0x1, 0, "ecx", 0),
+        ("PBE", 0x1, 0, "edx", 31),
+        ("ARAT", 0x6, 0, "eax", 2),
+        ("SMEP", 0x7, 0, "ebx", 7),
+        ("LA57", 0x7, 0, "ecx", 16),
+        ("SPEC_CTRL", 0x7, 0, "edx", 26),
+        ("LAM", 0x7, 1, "eax", 26),
+        ("PPIN", 0x7, 1, "ebx", 0),
+        ("MSR_IMM", 0x7, 1, "ecx", 5),
+        ("AVX_VNNI_INT8", 0x7, 1, "edx", 4),
+        ("MCDT_NO", 0x7, 2, "edx", 5),
+        ("XSAVES", 0xD, 1, "eax", 3),
+        ("SGX2", 0x12, 0, "eax", 1),
+        ("AVX10_512", 0x24, 0, "ebx", 18),
+        ("SVM", 0x80000001, 0, "ecx", 2),
+        ("NX", 0x80000001, 0, "edx", 20),
+        ("SUCCOR", 0x80000007, 0, "ebx", 1),
+        ("CONSTANT_TSC", 0x80000007, 0, "edx", 8),
+        ("AMD_IBPB", 0x80000008, 0, "ebx", 12),
+        ("NPT", 0x8000000A, 0, "edx", 0),
+        ("SEV", 0x8000001F, 0, "eax", 1),
+        ("AUTOIBRS", 0x80000021, 0, "eax", 8),
+        ("PERFMON_V2", 0x80000022, 0, "eax", 0),
+        ("KVM_CLOCKSOURCE", 0x40000001, 0, "eax", 0),
+    ],
+)
+def test_one_of_each_register(name: str, leaf: int, subleaf: int, register: str, bit: int) -> None:
+    assert feature(name) == Feature(name, leaf, subleaf, register, bit)
+
+
+def test_leaves_are_those_of_the_manuals() -> None:
+    # Intel SDM volume 2, CPUID: 0 to 24H without those that are reserved; AMD APM volume 3, appendix E.
+    intel = set(range(0x25)) - {0x8, 0xC, 0xE, 0x11, 0x13, 0x22}
+    amd = {0x80000000 + leaf for leaf in (*range(9), 0xA, 0x19, 0x1A, 0x1B, 0x1D, 0x1E, 0x1F, 0x20, 0x21, 0x22)}
+    assert LEAVES.keys() == intel | amd | {0x40000000, 0x40000001, 0x40000010, 0xC0000000, 0xC0000001}
+    for leaf, word in ((0xD, "XSAVE"), (0x24, "AVX10"), (0x8000000A, "SVM"), (0x80000021, "extended features 2")):
+        assert word in (leaf_name(leaf) or "")
+
+
+def test_a_leaf_that_is_missing_has_no_feature() -> None:
+    for name in ("FPU", "XMM3", "NX", "KVM_CLOCKSOURCE"):  # bits 0, 0, 20, 0
+        assert not has_feature([], name)
+
+
+def test_a_vendor_of_no_letters() -> None:
+    assert vendor_of([(0, 0, 0, 0, 0, 0, 0)]) == "\0" * 12
+
+
+def test_leaves_and_subleaves_have_32_bits() -> None:
+    assert feature_name(0xFFFFFFFF, 0xFFFFFFFF, "eax", 31) is None
+    for arguments in ((1 << 32, 0, "eax", 0), (0, 1 << 32, "eax", 0)):
+        with pytest.raises(ArgumentError, match="0 to 0xffffffff"):
+            feature_name(*arguments)

@@ -21,87 +21,11 @@ from hvmodel.arch.exceptions import (
     merge,
     payload_to_dr6,
 )
-from hvmodel.arch.vectors import (
-    ExceptionClass,
-    ExceptionType,
-    Vector,
-    exception_class,
-    exception_type,
-    has_error_code,
-    is_exception,
-    is_soft,
-    vector_name,
-)
+from hvmodel.arch.vectors import is_soft
 from hvmodel.errors import ArgumentError, ArgumentTypeError, HvError
 
 EXCEPTIONS = [vector for vector in range(32) if vector != 2]
 RF, GD = 1 << 16, 1 << 13
-
-# Intel SDM vol. 3 table 7-1: vector, mnemonic, type, whether it has an error code.
-SDM = [
-    (0, "DE", "fault", False),
-    (1, "DB", "fault or trap", False),
-    (3, "BP", "trap", False),
-    (4, "OF", "trap", False),
-    (5, "BR", "fault", False),
-    (6, "UD", "fault", False),
-    (7, "NM", "fault", False),
-    (8, "DF", "abort", True),
-    (10, "TS", "fault", True),
-    (11, "NP", "fault", True),
-    (12, "SS", "fault", True),
-    (13, "GP", "fault", True),
-    (14, "PF", "fault", True),
-    (16, "MF", "fault", False),
-    (17, "AC", "fault", True),
-    (18, "MC", "abort", False),
-    (19, "XM", "fault", False),
-    (20, "VE", "fault", False),
-    (21, "CP", "fault", True),
-]
-TYPES = {
-    "fault": ExceptionType.FAULT,
-    "trap": ExceptionType.TRAP,
-    "abort": ExceptionType.ABORT,
-    "fault or trap": ExceptionType.DEBUG,
-}
-
-
-# ---- vectors ----
-
-
-@pytest.mark.parametrize(("vector", "name", "kind", "code"), SDM)
-def test_vectors_are_those_of_the_manual(vector: int, name: str, kind: str, code: bool) -> None:
-    assert Vector(vector).name == name
-    assert vector_name(vector) == f"#{name}"
-    assert exception_type(vector) is TYPES[kind]
-    assert has_error_code(vector, cet=True) == code
-    assert not has_error_code(vector, protected=False, cet=True)  # SDM 21.1.4: real mode pushes none
-
-
-def test_no_other_vector_has_an_error_code_without_cet() -> None:
-    assert {vector for vector in range(256) if has_error_code(vector)} == {8, 10, 11, 12, 13, 14, 17}
-
-
-def test_what_is_no_exception() -> None:
-    assert [vector for vector in range(256) if is_exception(vector)] == EXCEPTIONS
-    assert not is_exception(-1)
-    for vector in (2, 32, 255):
-        assert exception_type(vector) is ExceptionType.INTERRUPT
-    assert (vector_name(2), vector_name(15), vector_name(0x20)) == ("NMI", "exception 15", "interrupt 0x20")
-    assert [vector for vector in range(256) if is_soft(vector)] == [3, 4]  # INT3, INTO
-
-
-def test_classes() -> None:
-    found: dict[str, set[int]] = {}
-    for vector in EXCEPTIONS:
-        found.setdefault(exception_class(vector).name, set()).add(vector)
-    # SDM table 7-4, less #VE and #CP, which the kernel leaves benign.
-    assert found.pop("CONTRIBUTORY") == {0, 10, 11, 12, 13}
-    assert found.pop("PAGE_FAULT") == {14}
-    assert found.pop("DOUBLE_FAULT") == {8}
-    assert set(found) == {"BENIGN"}
-    assert exception_class(255) is ExceptionClass.BENIGN
 
 
 # ---- merging ----
@@ -508,3 +432,44 @@ def test_values() -> None:
     assert "nmi_pending=1" in repr(queue)
     assert pickle.loads(pickle.dumps(queue.exception)) == queue.exception
     assert pickle.loads(pickle.dumps(Injection("nmi", 2))) == Injection("nmi", 2)
+
+
+def test_a_new_queue_has_the_registers_of_a_reset() -> None:
+    # Intel SDM volume 3, table 9-1: RFLAGS 2, CR2 0, DR6 FFFF0FF0H, DR7 400H.
+    queue = ExceptionQueue()
+    assert (queue.rflags, queue.cr2, queue.dr6, queue.dr7) == (2, 0, 0xFFFF0FF0, 0x400)
+    assert ExceptionQueue.from_events({}).rflags == 2
+
+
+def test_what_is_accepted_is_said() -> None:
+    for vector, accepted in ((32, "0 to 31"), (2, "0 to 31, but not 2, which is the NMI")):
+        with pytest.raises(ArgumentError) as caught:
+            merge(13, vector)
+        assert caught.value.accepted == accepted
+
+
+def test_a_path_that_is_not_there_is_0() -> None:
+    queue, fresh = ExceptionQueue(), ExceptionQueue()
+    queue.set_events({"flags": 0x3D})
+    for name in ExceptionQueue.__slots__:
+        assert getattr(queue, name) == getattr(fresh, name), name
+
+
+def test_why_flags_are_refused_is_said() -> None:
+    queue = ExceptionQueue(exception_payload_enabled=False)
+    for flags, why in ((0x40, "unknown bits"), (0x10, "capability of the bit is not enabled"), (0x50, "unknown bits")):
+        with pytest.raises(ArgumentError, match=why):
+            queue.set_events({"flags": flags})
+
+
+def test_each_flag_of_the_struct_is_taken() -> None:
+    # linux:arch/x86/include/uapi/asm/kvm.h: NMI_PENDING 1, SIPI_VECTOR 2, SHADOW 4, SMM 8, PAYLOAD, TRIPLE_FAULT.
+    for bit in range(6):
+        ExceptionQueue().set_events({"flags": 1 << bit})
+
+
+def test_what_is_not_given_is_none() -> None:
+    queue = ExceptionQueue()
+    queue.set_events({"flags": 0x10, "exception.pending": 1, "exception.nr": 14})
+    assert queue.exception == QueuedException(True, False, False, 14, 0, 0, False)
+    assert Injection("shutdown") == Injection("shutdown", 0, None, False)

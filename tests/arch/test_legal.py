@@ -469,3 +469,48 @@ def test_members_of_the_classes_of_bits_are_numbers() -> None:
     (violation,) = sregs_violations(state, SregsLimits())
     assert (violation.field, violation.value, type(violation.value)) == ("efer", 0x100, int)
     assert sregs_violations(state | {"efer": EFER.LME | EFER.LMA}, SregsLimits()) == []
+
+
+def test_a_reserved_bit_of_the_apic_base_is_named_alone() -> None:
+    # Bit 9 is reserved; EXTD, bit 10, goes with x2APIC only.
+    for x2apic, bits, said in ((True, 0x200, False), (False, 0x200, False), (False, 0x400, True)):
+        state = {"apic_base": 0xFEE00800 | bits}
+        (violation,) = sregs_violations(state, SregsLimits(x2apic=x2apic))
+        assert ("no x2APIC" in violation.detail) == said
+
+
+def test_what_is_missing_is_said_by_vendor() -> None:
+    for vendor, words in (
+        ("kvm_pvm", "kvm_pvm does not offer SMEP here"),
+        ("kvm_intel", "without SMEP in the guest's"),
+    ):
+        (violation,) = sregs_violations({"cr4": CR4.SMEP}, SregsLimits(vendor))
+        assert words in violation.detail
+
+
+def test_repairs_of_cr3_keep_what_may_be_there() -> None:
+    # Bits 62:61 are LAM's; bit 50 is beyond 46 bits of address.
+    state = LONG | {"cr3": 1 << 62 | 1 << 50 | 0x1000}
+    for lam, wanted in ((True, 1 << 62 | 0x1000), (False, 0x1000)):
+        found = {repair.field: repair.value for repair in sregs_repairs(state, SregsLimits(phys_bits=46, lam=lam))}
+        assert found["cr3"] == wanted
+
+
+def test_widths_of_addresses() -> None:
+    # The width is 8 bits of a register (CPUID 0x80000008 EAX 7:0).
+    assert sregs_violations({}, SregsLimits(phys_bits=255)) == []
+    with pytest.raises(ArgumentError, match="phys_bits"):
+        sregs_violations({}, SregsLimits(phys_bits=256))
+    (violation,) = sregs_violations(LONG | {"cr3": 1 << 62 | 1 << 50}, SregsLimits(phys_bits=46, lam=True))
+    assert violation.detail.endswith(f": {1 << 50:#x}")  # bit 62 is LAM's
+    # Of no bits only 0 is left.
+    found = sregs_repairs(LONG | {"cr3": 1}, SregsLimits(phys_bits=0))
+    assert {repair.field: repair.value for repair in found}["cr3"] == 0
+
+
+@pytest.mark.parametrize("path", ["cr0", "cr3", "cr4", "efer", "cs.l", "apic_base", "flags"])
+def test_each_field_has_64_bits(path: str) -> None:
+    for value in (-1, 1 << 64):
+        with pytest.raises(ArgumentError) as caught:
+            sregs_violations({path: value}, SregsLimits())
+        assert (caught.value.field, caught.value.value) == (path, value)

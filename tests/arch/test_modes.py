@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import product
 from types import SimpleNamespace
 
@@ -117,3 +118,12 @@ def test_numbers_that_no_register_has(value: int) -> None:
         mode_of(1, cs_l=2)
     with pytest.raises(ArgumentError, match="mode"):
         default_bits("32-bit")  # type: ignore[arg-type]  # a way of paging, no mode
+
+
+def test_flags_of_cs_are_bits_and_registers_are_0_by_default() -> None:
+    for flags in ({"cs_l": 2}, {"cs_db": 2}):
+        with pytest.raises(ArgumentError, match="0 to 1"):
+            mode_of(1, **flags)
+    for call in (mode_of, mode_of_sregs, paging_of, linear_bits, default_bits):
+        defaults = [one.default for one in signature(call).parameters.values() if one.default is not one.empty]
+        assert defaults == [0] * len(defaults) != []

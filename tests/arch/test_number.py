@@ -39,3 +39,14 @@ def test_what_does_not_fit(value: int, last: int, first: int, accepted: str) -> 
 def test_what_is_none(value: Any, last: int) -> None:
     with pytest.raises(ArgumentTypeError):
         number("call", "field", value, last)
+
+
+def test_all_is_64_ones() -> None:
+    assert ALL == 0xFFFF_FFFF_FFFF_FFFF
+
+
+def test_from_100_on_a_limit_is_said_in_hex() -> None:
+    for last, accepted in ((99, "0 to 99"), (100, "0 to 0x64")):
+        with pytest.raises(ArgumentError) as caught:
+            number("call", "field", -1, last)
+        assert caught.value.accepted == accepted

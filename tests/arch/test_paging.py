@@ -167,6 +167,9 @@ def test_the_last_addresses() -> None:
     assert tables.translate(2**47 - 1) == 0x1FFF
     assert tables.ranges()[-1] == (2**64 - 0x1000, 2**52 - 0x1000, 0x1000)
     for mode in ("32bit", "pae"):
+        middle = PageTables(0, mode)
+        middle.map(2**31 - 0x1000, 0, 0x2000)  # 32 bits are no halves
+        assert middle.translate(2**31) == 0x1000
         narrow = PageTables(0, mode)
         narrow.map(2**32 - 0x1000, 2**32 - 0x1000, 0x1000)
         assert narrow.translate(2**32 - 1) == 2**32 - 1
@@ -183,6 +186,7 @@ def test_the_last_addresses() -> None:
         ("4level", 0, 0, 0x1001, {}, "size", "a multiple of 0x1000"),
         ("4level", 0, 0, 0, {}, "size", "at least one page"),
         ("4level", 0, 0, -0x1000, {}, "size", "a multiple of 0x1000"),
+        ("4level", 0, 0, 1 << 65, {}, "size", "a multiple of 0x1000, up to 0x10000000000000000"),
         ("4level", 0, -0x1000, 0x1000, {}, "gpa", "up to 0xffffffffff000"),
         ("4level", -0x1000, 0, 0x1000, {}, "gva", "0 to 2**64-1"),
         ("4level", 1 << 64, 0, 0x1000, {}, "gva", "0 to 2**64-1"),

@@ -192,3 +192,33 @@ def test_all_is_listed() -> None:
     assert {"Bits", *[register.__name__ for register in ALL]} == {
         name for name in registers.__all__ if isinstance(getattr(registers, name), type)
     }
+
+
+@pytest.mark.parametrize(
+    ("register", "rows"),
+    [
+        # Linux's header lacks these.  Intel SDM volume 1, 13.1 (XCR0, XSS), APX's manual (bit 19), AMD APM volume 2,
+        # 11.5.2 (LWP); volume 3, figure 19-1 (DR6, DR7), 11.4.4 (APIC base); AMD APM volume 2, 3.1.7 (EFER).
+        (XCR0, "0 X87 SSE AVX BNDREGS BNDCSR OPMASK ZMM_HI256 HI16_ZMM - PKRU; 17 XTILECFG XTILEDATA APX; 62 LWP"),
+        (XSS, "8 PT - PASID CET_U CET_S HDC UINTR LBR HWP"),
+        (EFER, "0 SCE; 8 LME - LMA NXE SVME LMSLE FFXSR TCE - MCOMMIT INTWB - UAIE AIBRSE"),
+        (APIC_BASE, "8 BSP - EXTD EN"),
+        (DR6, "0 B0 B1 B2 B3; 11 BLD - BD BS BT RTM"),
+        (DR7, "0 L0 G0 L1 G1 L2 G2 L3 G3 LE GE FIXED RTM - GD"),
+        (CR4, "14 SMXE; 19 KL; 24 PKS UINTR - LASS LAM_SUP; 32 FRED"),
+        (CR3, "61 LAM_U57 LAM_U48 NOFLUSH"),
+    ],
+)
+def test_bits_by_the_manuals(register: type[Bits], rows: str) -> None:
+    for row in rows.split(";"):
+        first, *names = row.split()
+        for bit, name in enumerate(names, int(first)):
+            assert register.__members__.get(name) == (None if name == "-" else 1 << bit), name
+
+
+def test_fields_by_the_manuals() -> None:
+    # Intel SDM volume 3, figure 19-1: RWn bits 17+4n:16+4n, LENn bits 19+4n:18+4n; CR8 bits 3:0; IOPL bits 13:12.
+    for at in range(4):
+        assert DR7[f"RW{at}"] == 0b11 << 16 + 4 * at
+        assert DR7[f"LEN{at}"] == 0b11 << 18 + 4 * at
+    assert (CR8.TPL, RFLAGS.IOPL) == (0xF, 0x3000)

@@ -374,3 +374,56 @@ def test_a_descriptor_of_a_register_and_back() -> None:
     wide = Descriptor.tss(1 << 40)
     assert Descriptor.from_kvm(wide.to_kvm(0x40), wide=True) == wide.replace(g=0)
     assert Descriptor.data().replace(present=0).to_kvm(8)["unusable"] == 1
+
+
+def test_gates_back_and_forth() -> None:
+    for gate in (
+        Gate(0x10, 0xFFFF_FFFF_8100_0ABC, ist=2),
+        Gate(0x10, 0x1234_5678_9ABC_DEF0, 15, dpl=3, present=0),
+        Gate(8, 0x12345678, 12, count=31, wide=False),
+        Gate(8, 0x1234, 7, wide=False),
+        Gate(0x18, 0, SystemType.TASK, dpl=1, wide=False),
+    ):
+        assert Gate.from_bytes(bytes(gate)) == gate
+    with pytest.raises(ArgumentError, match="offset"):
+        bytes(Gate(8, 1 << 64))
+    for kind in (4, 5, 6, 7, 12, 14, 15):  # types of gates, but S is set
+        with pytest.raises(ArgumentError, match="S clear"):
+            Gate.from_bytes(bytes(Descriptor(type=kind)))
+
+
+def test_segments_of_16_bits() -> None:
+    # Intel SDM volume 3, figure 3-8: 64 KiB in bytes, D/B clear; data 3, code 11.
+    assert bytes(Descriptor.data(16)) == (0x00009300 << 32 | 0xFFFF).to_bytes(8, "little")
+    assert bytes(Descriptor.data(16, limit=0x7FF)) == (0x00009300 << 32 | 0x7FF).to_bytes(8, "little")
+    assert bytes(Descriptor.code(16, limit=0x7FF)) == (0x00009B00 << 32 | 0x7FF).to_bytes(8, "little")
+    assert Descriptor.data(32, limit=0xFFF).limit == Descriptor.code(32, limit=0xFFF).limit == 0xFFF
+
+
+def test_access_rights_that_do_not_fit() -> None:
+    # Intel SDM volume 3, format of access rights: type 4 bits, DPL 2, the others 1.
+    for name in ("type", "s", "dpl", "present", "avl", "l", "db", "g", "unusable"):
+        width = {"type": 4, "dpl": 2}.get(name, 1)
+        access_rights({name: (1 << width) - 1})
+        with pytest.raises(ArgumentError, match=name):
+            access_rights({name: 1 << width})
+
+
+def test_a_descriptor_of_nothing_is_present() -> None:
+    # P (47) and S (44) alone.
+    assert bytes(Descriptor()) == (1 << 47 | 1 << 44).to_bytes(8, "little")
+
+
+def test_types_are_those_of_the_manual() -> None:
+    # Intel SDM volume 3, tables 3-1 (code and data: bits E/W/A and C/R/A) and 3-2 (system types).
+    assert [int(one) for one in (DataType.ACCESSED, DataType.WRITABLE, DataType.EXPAND_DOWN)] == [1, 2, 4]
+    assert [int(one) for one in (CodeType.ACCESSED, CodeType.READABLE, CodeType.CONFORMING, CodeType.CODE)] == [
+        1,
+        2,
+        4,
+        8,
+    ]
+    assert {one.name: int(one) for one in SystemType} == {
+        "TSS16": 1, "LDT": 2, "BUSY_TSS16": 3, "CALL16": 4, "TASK": 5, "INTERRUPT16": 6, "TRAP16": 7,
+        "TSS": 9, "BUSY_TSS": 11, "CALL": 12, "INTERRUPT": 14, "TRAP": 15,
+    }  # fmt: skip

@@ -286,3 +286,34 @@ def test_an_ivt() -> None:
             ivt.set(*arguments)
     with pytest.raises(ArgumentTypeError):
         ivt.set(0, 0, None)  # type: ignore[arg-type]
+
+
+def test_what_a_gate_is_by_default_and_who_refuses() -> None:
+    idt = Idt(32, 2)
+    idt.gate(0, 0x1234, 8)
+    idt.task_gate(1, 0x40)
+    # P, DPL 0; type 14, an interrupt gate of 32 bits, and 5, a task gate.
+    assert (bytes(idt)[5], bytes(idt)[13]) == (0x8E, 0x85)
+    with pytest.raises(ArgumentError) as error:
+        Idt(64).gate(0, 0, 8, ist=8)
+    assert (error.value.call, error.value.accepted) == ("Idt.gate", "0 to 7")
+    assert DescriptorTable().add(bytes(8)) == 8
+
+
+def test_the_table_itself_refuses() -> None:
+    # Not the gate that it makes, whose call would be named.
+    for call, arguments, options, field, accepted in (
+        (Idt(64).gate, (0, 0, 0x10000), {}, "selector", "0 to 0xffff"),
+        (Idt(64).gate, (0, 0, 8), {"dpl": 4}, "dpl", "0 to 3"),
+        (Idt(32).gate, (0, 0, 8), {"ist": 1}, "ist", "0 to 0"),
+        (Idt(32).task_gate, (0, 0x10000), {}, "selector", "0 to 0xffff"),
+        (Idt(32).task_gate, (0, 8), {"dpl": 4}, "dpl", "0 to 3"),
+        (DescriptorTable().set, (0x10000, bytes(8)), {}, "selector", "0 to 0xffff"),
+        (DescriptorTable().add, (bytes(8), 4), {}, "rpl", "0 to 3"),
+        (Ivt().set, (0, 0x10000, 0), {}, "cs", "0 to 0xffff"),
+        (Ivt().set, (0, 0, 0x10000), {}, "ip", "0 to 0xffff"),
+        (Ivt().set, (0x100, 0, 0), {}, "vector", "0 to 0xff"),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            call(*arguments, **options)  # type: ignore[arg-type,call-overload]
+        assert (error.value.call, error.value.field, error.value.accepted) == (call.__qualname__, field, accepted)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import hvmodel as hv
+import hvmodel.kvm.batch  # else the first run() does, and a Ctrl-C in importlib leaves a file of importlib's open
 from hvmodel._ffi import lib
 
 SPIN = b"\xeb\xfe"  # jmp $
