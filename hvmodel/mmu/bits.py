@@ -236,7 +236,7 @@ class BitLayout(Value):
                 found.append(f"{field.name} (bits {part.bits}) is {part.value}, which is reserved")
         rest = value & ~self.mask
         while rest:
-            low = (rest & -rest).bit_length() - 1
+            low = (rest ^ rest - 1).bit_length() - 1
             parts.append(Part("reserved", low, low, 1, "must be 0"))
             found.append(f"bit {low} is reserved and set")
             rest &= rest - 1

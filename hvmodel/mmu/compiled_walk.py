@@ -14,22 +14,24 @@ Tables of 4-byte entries are split at bit 22.  EPT is not compiled.
 from __future__ import annotations
 
 from ..arch.number import number
-from .guest_memory import GuestMemory
+from .guest_memory import GuestMemory, Tables
 from .permission import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, _permission_fault, check_access
 from .walk import GuestMmu, Update, Walk, walk_addr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import CodeType
 
     from .guest_memory import Code
 
     Function = Callable[[int], Walk]
-    Known = dict[int, memoryview | None]
 
 __all__ = ["Functions"]
 
 _MOST = 1 << 16  # values in one dict; then it begins anew
+_codes: dict[str, CodeType] = {}  # by text: compiling costs more than all the rest
+_MOST_CODES = 64
 _KEYS = 0xF << 59
 _ADDRESS = (1 << 52) - 1
 
@@ -59,12 +61,11 @@ class Functions:
         mmu, memory, made, function = self._mmu, self._memory, self._made, self.function
 
         def other(gva: int, access: int, update: bool) -> Walk:
-            try:
-                found = made[access](gva)
-            except (KeyError, TypeError):
-                found = function("Walker.walk", access)(gva)
+            known = made.get(access) if type(access) is int else None  # 2.0 and True are in the dict too
+            walk = function("Walker.walk", access) if known is None else known
+            found = walk(gva)
             while update and not _store(memory, found.updates):
-                found = function("Walker.walk", access)(gva)
+                found = walk(gva)
             return found
 
         return _compiled(mmu, memory, 0, other)
@@ -72,12 +73,7 @@ class Functions:
 
 def _store(memory: GuestMemory, updates: tuple[Update, ...]) -> bool:
     # Sets A and D; False: an entry has changed since it was read, and the walk is to be made again.
-    for update in updates:
-        if memory.is_writable(update.gpa):
-            if memory.entry(update.gpa, update.size) != update.old:
-                return False
-            memory.store(update.gpa, update.new, update.size)
-    return True
+    return all(memory.exchange(update.gpa, update.old, update.new, update.size) for update in updates)
 
 
 def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = None) -> Callable[..., Walk]:
@@ -87,8 +83,7 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
 
     def plain(gva: int) -> Walk:
         memory.check_open("Walker.walk")
-        number("Walker.walk", "gva", gva, last)
-        return walk_addr(mmu, read, gva, access)
+        return walk_addr(mmu, read, number("Walker.walk", "gva", gva, last), access)
 
     bits = 10 if mmu.kind == "paging32" else 9
     code: Code = "I" if mmu.kind == "paging32" else "Q"
@@ -98,9 +93,9 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
     elif mmu.kind in ("paging64", "paging32"):
         root = memory.table(mmu.root, 32 if mmu.level == 3 else 4096, code)
     allowed = [_is_allowed(mmu, rights, access) for rights in range(8)]
-    tables: list[Known] = [{} for _ in range(mmu.level + 1)]
-    for known in tables:
-        memory.keep(known)
+    held = Tables(mmu.level + 1)  # alive as long as `slow` is, and no longer
+    tables = held.levels
+    memory.keep(held)
     if isinstance(root, memoryview):
         tables[0][0] = root
 
@@ -109,7 +104,7 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
         is_pdpte = level == 3 == mmu.level
         if not entry & 1 or mmu.is_last(entry, level):
             return None
-        if mmu.rsvd.is_rsvd_bits_set(entry, level) and not (is_pdpte and mmu.pdptrs is not None):
+        if mmu.rsvd._is_set(entry, level) and not (is_pdpte and mmu.pdptrs is not None):
             return None
         if not is_pdpte and _restricts(allowed, mmu.gpte_access(entry)):
             return None
@@ -125,26 +120,40 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
                     known.clear()
                 known[entry] = meaning(level, entry)
             level -= 1
+        if memory.closed:
+            held.release()  # another thread has closed it meanwhile
         return walk
 
-    scope: dict[str, object] = {"root": root, "slow": slow, "other": other, "Walk": Walk}
+    scope: dict[str, object] = {"root": root, "slow": slow, "other": other, "Walk": Walk, "nothing": 0}
     if other is None:
         text = ["def walk(gva):"]
     else:
-        text = ["def walk(gva, access=0, update=False):", " if access or update: return other(gva, access, update)"]
+        # By identity: what is no number, and false, is not taken for 0.
+        text = ["def walk(gva, access=nothing, update=False):"]
+        text.append(" if access is not nothing or update: return other(gva, access, update)")
     if root is None:
         text.append(" return slow(gva)")
     else:
         text += _straight(mmu, allowed, access, scope, bits)
     scope |= {f"d{level}": tables[level] for level in range(2, mmu.level + 1)}
     made: dict[str, Callable[..., Callable[..., Walk]]] = {}
-    exec(f"def make({', '.join(scope)}):\n " + "\n ".join(text) + "\n return walk\n", made)
+    exec(_code(f"def make({', '.join(scope)}):\n " + "\n ".join(text) + "\n return walk\n"), made)
     return made["make"](**scope)
+
+
+def _code(text: str) -> CodeType:
+    found = _codes.get(text)
+    if found is None:
+        if len(_codes) >= _MOST_CODES:
+            _codes.clear()
+        found = _codes[text] = compile(text, "<a walk>", "exec")
+    return found
 
 
 def _straight(mmu: GuestMmu, allowed: list[bool], access: int, scope: dict[str, object], bits: int) -> list[str]:
     split = 22 if bits == 10 else 30
-    text = [" try:", f"  hi = gva >> {split}", f"  low = gva & {(1 << split) - 1:#x}"]
+    text = [" if type(gva) is not int: return slow(gva)", " try:"]
+    text += [f"  hi = gva >> {split}", f"  low = gva & {(1 << split) - 1:#x}"]
     values: list[str] = []
     for level in range(mmu.level, 0, -1):
         shift = 12 + bits * (level - 1)

@@ -306,7 +306,7 @@ def _misconfigurations(entry: int, level: int, controls: EptControls) -> tuple[s
     executable = entry & (0x404 if controls.mbec else 0x4)
     if not controls.exec_only and not entry & 1 and executable and entry & 3 != 2:
         rules.append("executable, not readable: this processor has no execute-only entries")
-    high = _ADDRESS & ~((1 << controls.maxphyaddr) - 1)
+    high = _ADDRESS >> controls.maxphyaddr << controls.maxphyaddr
     if entry & high:
         rules.append(f"address bits {entry & high:#x} are above MAXPHYADDR {controls.maxphyaddr}")
     if level == 3 and entry >> 7 & 1 and not controls.page_1g:
@@ -461,7 +461,7 @@ def decode_eptp(value: int, *, capability: int | None = None, maxphyaddr: int = 
     number("decode_eptp", "maxphyaddr", maxphyaddr, 52, 32)
     decoded = EPTP.decode(value)
     problems = list(decoded.problems)
-    high = _ADDRESS & ~((1 << maxphyaddr) - 1)
+    high = _ADDRESS >> maxphyaddr << maxphyaddr
     if value & high:
         problems.append(f"address bits {value & high:#x} are above MAXPHYADDR {maxphyaddr}")
     if capability is not None:

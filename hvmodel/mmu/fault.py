@@ -1,4 +1,4 @@
-"""What handling a guest's page fault returns inside KVM, and what each answer leads to.
+"""What handling a guest's page fault returns inside KVM, in which order it is asked, and what each answer leads to.
 
     RET_PF_CONTINUE         go on with the next step; never the last word
     RET_PF_RETRY            let the guest run on: it faults again, or has a #PF to take
@@ -8,22 +8,38 @@
     RET_PF_FIXED            the entry is there now
     RET_PF_SPURIOUS         the entry was there already: another vCPU was faster
 
-and the error code that says what faulted, PFERR_*: the processor's bits, and above those KVM's own.
+`kvm_mmu_page_fault` asks these steps; the first that does not hand on has the answer:
 
-A vCPU's statistics count them: every fault that reaches the slow path is `pf_taken`, and then by the answer `pf_fixed`,
-`pf_emulate`, `pf_spurious` or nothing; a #PF that goes to the guest is `pf_guest`; what the fast path mends is
-`pf_fast`.
+    handle_mmio_page_fault      RSVD faults only: EMULATE, RETRY; INVALID hands on
+      from here on it is pf_taken
+    FNAME(walk_addr)            shadow paging only: the guest's tables refuse -> #PF (pf_guest), RETRY
+    page_fault_handle_page_track  a write to a table that is shadowed -> WRITE_PROTECTED
+    fast_page_fault             direct roots only: FIXED, SPURIOUS (pf_fast); INVALID hands on
+    kvm_mmu_faultin_pfn         EMULATE, RETRY; CONTINUE hands on
+    is_page_fault_stale         -> RETRY (see `notifier`)
+    FNAME(fetch), direct_map, kvm_tdp_mmu_map   EMULATE, RETRY, WRITE_PROTECTED, FIXED, SPURIOUS
+    kvm_mmu_write_protect_fault WRITE_PROTECTED becomes EMULATE or RETRY
+      now the answer is counted: pf_fixed, pf_emulate, pf_spurious, or nothing for RETRY
+    x86_emulate_instruction     after EMULATE
 
-By version: RET_PF_WRITE_PROTECTED came with 6.12, and moved those behind it up by one; RET_PF_CONTINUE came with 5.18.
+A step may also fail with an errno, with which KVM_RUN ends; that is no answer.  Pages that came by an asynchronous #PF
+are `pf_fixed` too, without `pf_taken`.
 
-Source: linux:arch/x86/kvm/mmu/mmu_internal.h (enum RET_PF_*), arch/x86/kvm/mmu/mmu.c (kvm_mmu_page_fault,
-kvm_mmu_write_protect_fault), arch/x86/include/asm/kvm_host.h (PFERR_*) @v6.18; Intel SDM volume 3, 5.7 (error code).
+The error code that says what faulted has PFERR_*: the processor's bits, and above those KVM's own.
+
+By version: RET_PF_WRITE_PROTECTED came with 6.12, and moved those behind it up by one; RET_PF_CONTINUE came with 5.19.
+
+Source: linux:arch/x86/kvm/mmu/mmu_internal.h (enum RET_PF_*, kvm_mmu_do_page_fault), arch/x86/kvm/mmu/mmu.c
+(kvm_mmu_page_fault, direct_page_fault, kvm_tdp_mmu_page_fault, fast_page_fault, kvm_mmu_faultin_pfn,
+kvm_mmu_write_protect_fault), arch/x86/kvm/mmu/paging_tmpl.h (FNAME(page_fault)), arch/x86/include/asm/kvm_host.h
+(PFERR_*) @v6.18; Intel SDM volume 3, 5.7 (error code).
 """
 
 from __future__ import annotations
 
 from ..arch.number import ALL, number
 from ..errors import ArgumentError
+from ..value import Value
 from .bits import BitLayout, Field
 from .role import _version
 
@@ -40,8 +56,10 @@ __all__ = [
     "RET_PF_RETRY",
     "RET_PF_SPURIOUS",
     "RET_PF_WRITE_PROTECTED",
+    "PageFaultAnswer",
     "decode_pfec",
     "fault_stats",
+    "kvm_mmu_page_fault",
     "pferr",
     "ret_pf_codes",
     "ret_pf_name",
@@ -67,7 +85,7 @@ _NAMES = (
     "RET_PF_FIXED",
     "RET_PF_SPURIOUS",
 )
-_CONTINUE_SINCE, _WRITE_PROTECTED_SINCE = (5, 18), (6, 12)
+_CONTINUE_SINCE, _WRITE_PROTECTED_SINCE = (5, 19), (6, 12)
 
 # answer -> the statistic that it adds to, besides pf_taken
 _STATS = {RET_PF_FIXED: "pf_fixed", RET_PF_EMULATE: "pf_emulate", RET_PF_SPURIOUS: "pf_spurious"}
@@ -94,7 +112,7 @@ PFERR = BitLayout(
         Field("PRIVATE", 49, text="to private memory; KVM's own bit"),
     ),
 )
-"""The bits of a page fault's error code as KVM has them; bits 31 and up are no processor's #PF."""
+"""The bits of a page fault's error code as KVM has them; bits 32 and up are no processor's #PF."""
 
 
 def pferr(*names: str) -> int:
@@ -128,14 +146,14 @@ def decode_pfec(code: int) -> Decoded:
 
 
 def ret_pf_codes(version: str = "6.18") -> dict[str, int]:
-    """The answers of a kernel by name: enum RET_PF_*.  ArgumentError: no version, or one before 5.18.
+    """The answers of a kernel by name: enum RET_PF_*.  ArgumentError: no version, or one before 5.19.
 
     >>> ret_pf_codes("6.6")["RET_PF_FIXED"], ret_pf_codes("6.18")["RET_PF_FIXED"]
     (4, 5)
     """
     known = _version("ret_pf_codes", version)
     if known < _CONTINUE_SINCE:
-        raise ArgumentError("ret_pf_codes", "version", version, "5.18 or later", "the answers were others before")
+        raise ArgumentError("ret_pf_codes", "version", version, "5.19 or later", "the answers were others before")
     names = [name for name in _NAMES if name != "RET_PF_WRITE_PROTECTED" or known >= _WRITE_PROTECTED_SINCE]
     return {name: code for code, name in enumerate(names)}
 
@@ -151,22 +169,134 @@ def ret_pf_name(code: int, version: str = "6.18") -> str:
     return list(codes)[code]
 
 
-def fault_stats(answer: int, *, write_protected: int = RET_PF_EMULATE) -> dict[str, int]:
-    """What a fault that the slow path answers so (a code of 6.12 and later) adds to the vCPU's statistics.
+def fault_stats(answer: int, *, write_protected: int = RET_PF_EMULATE, fast: bool = False) -> dict[str, int]:
+    """What a fault that is answered so (a code of 6.12 and later) adds to the vCPU's statistics.
 
-    `write_protected`: what became of RET_PF_WRITE_PROTECTED, RET_PF_EMULATE or RET_PF_RETRY.
+    `write_protected`: what became of RET_PF_WRITE_PROTECTED, RET_PF_EMULATE or RET_PF_RETRY.  `fast`: the answer is
+    that of fast_page_fault, RET_PF_FIXED or RET_PF_SPURIOUS.  A fault by a reserved bit that handle_mmio_page_fault
+    answers adds nothing: see `kvm_mmu_page_fault`.
 
-    ArgumentError: RET_PF_CONTINUE or RET_PF_INVALID, which the slow path does not return; another code.
+    ArgumentError: RET_PF_CONTINUE or RET_PF_INVALID, which no fault ends with; another code; one that is not fast.
 
     >>> fault_stats(RET_PF_FIXED), fault_stats(RET_PF_RETRY)
     ({'pf_taken': 1, 'pf_fixed': 1}, {'pf_taken': 1})
     """
     answer = number("fault_stats", "answer", answer, RET_PF_SPURIOUS)
     if answer in (RET_PF_CONTINUE, RET_PF_INVALID):
-        raise ArgumentError("fault_stats", "answer", answer, "an answer of the slow path", f"{_NAMES[answer]} is none")
+        raise ArgumentError("fault_stats", "answer", answer, "a last answer", f"{_NAMES[answer]} is none")
+    if fast and answer not in _FAST:
+        raise ArgumentError("fault_stats", "answer", answer, _names(_FAST), "fast_page_fault gives no other")
     if answer == RET_PF_WRITE_PROTECTED:
         if write_protected not in (RET_PF_EMULATE, RET_PF_RETRY):
             raise ArgumentError("fault_stats", "write_protected", write_protected, "RET_PF_EMULATE, RET_PF_RETRY")
         answer = write_protected
     stat = _STATS.get(answer)
-    return {"pf_taken": 1} | ({stat: 1} if stat else {})
+    return {"pf_taken": 1} | ({"pf_fast": 1} if fast else {}) | ({stat: 1} if stat else {})
+
+
+# ------------------------------------------------------------------------------------------------- the order of steps
+
+# What each step may answer, but errnos.
+_FAST = (RET_PF_FIXED, RET_PF_SPURIOUS)
+_MMIO = (RET_PF_EMULATE, RET_PF_RETRY, RET_PF_INVALID)
+_FAULTIN = (RET_PF_CONTINUE, RET_PF_RETRY, RET_PF_EMULATE)
+_MAPPED = (RET_PF_RETRY, RET_PF_EMULATE, RET_PF_WRITE_PROTECTED, RET_PF_FIXED, RET_PF_SPURIOUS)
+_UNPROTECTED = (RET_PF_EMULATE, RET_PF_RETRY)
+
+
+class PageFaultAnswer(Value):
+    """How a fault ended: the last answer, the statistics that went up by one, the steps that were asked, in order.
+
+    Steps are the kernel's functions, but `walk_addr` (FNAME), `page_track` (page_fault_handle_page_track), and `map`
+    (FNAME(fetch), direct_map or kvm_tdp_mmu_map).
+    """
+
+    answer: int
+    stats: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+
+
+def _names(answers: tuple[int, ...]) -> str:
+    return ", ".join([_NAMES[answer] for answer in answers])
+
+
+def kvm_mmu_page_fault(
+    *,
+    direct: bool = False,
+    mmio: int | None = None,
+    walks: bool = True,
+    tracked: bool = False,
+    fast: int = RET_PF_INVALID,
+    faultin: int = RET_PF_CONTINUE,
+    stale: bool = False,
+    mapped: int = RET_PF_FIXED,
+    write_protected: int = RET_PF_EMULATE,
+) -> PageFaultAnswer:
+    """How a fault ends whose steps answer so (kvm_mmu_page_fault and what it calls; codes of 6.12 and later).
+
+    `direct`: the root is direct (EPT, NPT, no paging).  `mmio`: what handle_mmio_page_fault says of a fault by a
+    reserved bit, None for another fault.  `walks`: the guest's tables allow the access; always so where `direct`.
+    `tracked`: it is a write to a shadowed table.  `fast`, `faultin`, `mapped`, `write_protected`: the answers of
+    fast_page_fault, kvm_mmu_faultin_pfn, the step that maps the page, kvm_mmu_write_protect_fault.  `stale`: see
+    `is_page_fault_stale`.
+
+    ArgumentError: an answer that its step does not give; `fast` or `walks` of a root that has no such step.
+
+    >>> kvm_mmu_page_fault(direct=True, fast=RET_PF_FIXED)
+    PageFaultAnswer(answer=5, stats=('pf_taken', 'pf_fast', 'pf_fixed'), steps=('page_track', 'fast_page_fault'))
+    >>> kvm_mmu_page_fault(walks=False).stats
+    ('pf_taken', 'pf_guest')
+    >>> kvm_mmu_page_fault(mmio=RET_PF_EMULATE).stats
+    ()
+    """
+    call = "kvm_mmu_page_fault"
+    asked = (
+        ("mmio", RET_PF_INVALID if mmio is None else mmio, _MMIO),
+        ("fast", fast, (RET_PF_INVALID, *_FAST)),
+        ("faultin", faultin, _FAULTIN),
+        ("mapped", mapped, _MAPPED),
+        ("write_protected", write_protected, _UNPROTECTED),
+    )
+    for field, answer, answers in asked:
+        if number(call, field, answer, RET_PF_SPURIOUS) not in answers:
+            raise ArgumentError(call, field, answer, _names(answers), "this step gives no other answer")
+    if direct and not walks:
+        raise ArgumentError(call, "walks", walks, "True", "a direct root has no guest tables to walk")
+    if not direct and fast != RET_PF_INVALID:
+        raise ArgumentError(call, "fast", fast, "RET_PF_INVALID", "only a fault of a direct root may be fast")
+    steps: list[str] = []
+    if mmio is not None:
+        steps.append("handle_mmio_page_fault")
+        if mmio != RET_PF_INVALID:
+            # Neither taken nor counted.
+            return _ended(mmio, [], steps)
+    if not direct:
+        steps.append("walk_addr")
+        if not walks:
+            return PageFaultAnswer(RET_PF_RETRY, ("pf_taken", "pf_guest"), tuple(steps))
+    steps.append("page_track")
+    if tracked:
+        answer = RET_PF_WRITE_PROTECTED
+    else:
+        if direct:
+            steps.append("fast_page_fault")
+            if fast != RET_PF_INVALID:
+                return _ended(fast, list(fault_stats(fast, fast=True)), steps)
+        steps.append("kvm_mmu_faultin_pfn")
+        answer = faultin
+        if answer == RET_PF_CONTINUE:
+            steps.append("is_page_fault_stale")
+            answer = RET_PF_RETRY
+            if not stale:
+                steps.append("map")
+                answer = mapped
+    if answer == RET_PF_WRITE_PROTECTED:
+        steps.append("kvm_mmu_write_protect_fault")
+        answer = write_protected
+    return _ended(answer, list(fault_stats(answer)), steps)
+
+
+def _ended(answer: int, stats: list[str], steps: list[str]) -> PageFaultAnswer:
+    if answer == RET_PF_EMULATE:
+        steps.append("x86_emulate_instruction")
+    return PageFaultAnswer(answer, tuple(stats), tuple(steps))

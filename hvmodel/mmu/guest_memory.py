@@ -5,7 +5,8 @@ Nothing is copied: an entry is read from the buffer each time.  What is in no pi
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from _bisect import bisect_right
+from _weakref import ref
 
 from ..arch.number import number
 from ..errors import ArgumentError, ArgumentTypeError, ClosedError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     Code = Literal["Q", "I"]
     Piece = tuple[int, Buffer] | tuple[int, Buffer, bool]
 
-__all__ = ["GuestMemory"]
+__all__ = ["GuestMemory", "Tables"]
 
 _LAST = (1 << 52) - 1
 
@@ -31,8 +32,9 @@ class GuestMemory:
     A piece is writable where its buffer is, unless it says otherwise; in one that is not, walks leave A and D alone, as
     KVM does in a read-only memslot.  `write`: what stores there (gpa, bytes); default: into the buffer.
 
-    ArgumentError: an empty buffer, pieces that overlap, addresses above 2**52-1.  ArgumentTypeError.
-    Threads: as the buffers.
+    ArgumentError: an empty buffer, pieces that overlap, addresses above 2**52-1, a writable piece of a read-only buffer
+    without `write`.  ArgumentTypeError.
+    Threads: as the buffers; close() in any.
 
     Views of the buffers are held until close(), or until nobody has this any more.
 
@@ -41,29 +43,35 @@ class GuestMemory:
     (0, None, False)
     """
 
-    __slots__ = ("__weakref__", "_closed", "_out", "_pieces", "_starts", "_write")
+    __slots__ = ("__weakref__", "_closed", "_held", "_out", "_why", "_write")
 
     def __init__(self, pieces: Iterable[Piece], *, write: Callable[[int, bytes], object] | None = None) -> None:
         call = "GuestMemory"
         found: list[tuple[int, int, memoryview, bool]] = []
+        if not hasattr(pieces, "__iter__"):
+            raise ArgumentTypeError(call, "pieces", pieces, "pieces, each (gpa, buffer) or (gpa, buffer, writable)")
         for piece in pieces:
-            gpa, buffer, *rest = piece
-            number(call, "gpa", gpa, _LAST)
-            view = _bytes(call, buffer)
+            if not isinstance(piece, tuple) or len(piece) not in (2, 3):
+                raise ArgumentTypeError(call, "pieces", piece, "(gpa, buffer) or (gpa, buffer, writable)")
+            gpa = number(call, "gpa", piece[0], _LAST)
+            view = _bytes(call, piece[1])
             if not view.nbytes or gpa + view.nbytes > _LAST + 1:
                 raise ArgumentError(call, "pieces", (gpa, view.nbytes), "at least one byte, all below 2**52")
-            found.append((gpa, gpa + view.nbytes, view, bool(rest[0]) if rest else not view.readonly))
+            writable = bool(piece[2]) if len(piece) == 3 else not view.readonly
+            if writable and view.readonly and write is None:
+                accepted = "writable only where the buffer is, or with `write`"
+                raise ArgumentError(call, "pieces", (gpa, view.nbytes, True), accepted, "its buffer is read-only")
+            found.append((gpa, gpa + view.nbytes, view, writable))
         found.sort(key=lambda piece: piece[0])
         end = 0
         for start, stop, _, _ in found:
             if start < end:
                 raise ArgumentError(call, "pieces", (start, stop), "pieces that do not overlap")
             end = stop
-        self._pieces = found
-        self._starts = [piece[0] for piece in found]
+        self._held = [piece[0] for piece in found], found  # together: another thread may close this
         self._write = write
-        self._closed = False
-        self._out: list[dict[int, memoryview | None]] = []  # where compiled walks keep tables
+        self._closed, self._why = False, ""
+        self._out: set[ref[Tables]] = set()  # of the compiled walks that there are
 
     @classmethod
     def of(cls, call: str, memory: object) -> GuestMemory:
@@ -80,18 +88,19 @@ class GuestMemory:
             return cls(chain([first], pieces))
         return cls([(0, _bytes(call, memory))])
 
-    def close(self) -> None:
-        """Let go of all views; what walks here raises ClosedError then.  May be called again."""
-        self._closed = True
-        for tables in self._out:
-            for view in tables.values():
-                if view is not None:
-                    view.release()
-            tables.clear()
-        for _, _, view, _ in self._pieces:
-            view.release()
-        self._pieces.clear()
-        self._starts.clear()
+    def close(self, why: str = "") -> None:
+        """Let go of all views; what walks here raises ClosedError then.  May be called again.
+
+        `why`: what the errors say besides.  A walk_many that is under way in another thread has its views to its end.
+        """
+        if not self._closed:
+            self._closed, self._why = True, why
+        for known in list(self._out):
+            if (tables := known()) is not None:
+                tables.release()
+        (_, pieces), self._held = self._held, ([], [])
+        for _, _, view, _ in pieces:
+            _release(view)
 
     @property
     def closed(self) -> bool:
@@ -105,58 +114,112 @@ class GuestMemory:
 
     def pieces(self) -> list[tuple[int, int, bool]]:
         """(gpa, size, writable) of each piece, in the order of the addresses."""
-        return [(start, end - start, writable) for start, end, _, writable in self._pieces]
+        return [(start, end - start, writable) for start, end, _, writable in self._held[1]]
 
     def view(self, at: int) -> tuple[int, memoryview] | None:
         """The piece that holds the byte at `at`: its gpa and its bytes; None where there is none."""
-        place = bisect_right(self._starts, at) - 1
-        if place < 0 or at >= self._pieces[place][1]:
+        piece = self._piece(at)
+        if piece is None:
             self.check_open("GuestMemory.view")
             return None
-        return self._pieces[place][0], self._pieces[place][2]
+        return piece[0], piece[2]
+
+    def _piece(self, at: int) -> tuple[int, int, memoryview, bool] | None:
+        starts, pieces = self._held
+        place = bisect_right(starts, at) - 1
+        return pieces[place] if place >= 0 and at < pieces[place][1] else None
 
     def table(self, gpa: int, size: int, code: Code) -> memoryview | None:
         """`size` bytes at `gpa` as items of the format `code` ("Q", "I"), in place; None: not all in one piece."""
         found = self.view(gpa)
         if found is None or gpa - found[0] + size > found[1].nbytes:
             return None
-        return found[1][gpa - found[0] : gpa - found[0] + size].cast(code)
+        try:
+            return found[1][gpa - found[0] : gpa - found[0] + size].cast(code)
+        except ValueError:
+            self.check_open("GuestMemory.table")  # meanwhile
+            raise
 
     def entry(self, gpa: int, size: int = 8) -> int | None:
         """The page table entry of `size` bytes (4 or 8) at `gpa`; None where not all of it is in one piece."""
         found = self.view(gpa)
         if found is None:
             return None
-        data = found[1][gpa - found[0] : gpa - found[0] + size]
+        try:
+            data = bytes(found[1][gpa - found[0] : gpa - found[0] + size])
+        except ValueError:
+            self.check_open("GuestMemory.entry")  # meanwhile
+            raise
         return int.from_bytes(data, "little") if len(data) == size else None
 
     def is_writable(self, gpa: int) -> bool:
         """Whether the byte at `gpa` is in a piece that may be written."""
-        place = bisect_right(self._starts, gpa) - 1
-        return place >= 0 and gpa < self._pieces[place][1] and self._pieces[place][3]
+        piece = self._piece(gpa)
+        if piece is None:
+            self.check_open("GuestMemory.is_writable")
+            return False
+        return piece[3]
 
     def store(self, gpa: int, value: int, size: int = 8) -> bool:
-        """Write an entry; False, and nothing done, where the piece may not be written."""
-        if not self.is_writable(gpa):
+        """Write an entry; False, and nothing done, where not all of it is in one piece that may be written."""
+        number("GuestMemory.store", "value", value, (1 << 8 * size) - 1)
+        piece = self._piece(gpa)
+        if piece is None:
+            self.check_open("GuestMemory.store")
+            return False
+        start, end, view, writable = piece
+        if not writable or gpa + size > end:
             return False
         data = value.to_bytes(size, "little")
         if self._write is not None:
             self._write(gpa, data)
-            return True
-        found = self.view(gpa)
-        assert found is not None
-        found[1][gpa - found[0] : gpa - found[0] + size] = data
+        else:
+            view[gpa - start : gpa - start + size] = data
         return True
 
-    def keep(self, tables: dict[int, memoryview | None]) -> None:
-        """Release the views in this dict too, when this is closed."""
-        self._out.append(tables)
+    def exchange(self, gpa: int, old: int, new: int, size: int = 8) -> bool:
+        """Make an entry that is `old` `new`; False, and nothing done, where it is another one by now.
+
+        What may not be written stays as it is, and that is True.  Not atomic: what a running vCPU writes into the entry
+        between the look and the write is lost.
+        """
+        if not self.is_writable(gpa):
+            return True
+        return self.entry(gpa, size) == old and self.store(gpa, new, size)
+
+    def keep(self, tables: Tables) -> None:
+        """Release these too, when this is closed; they are not kept alive."""
+        self._out.add(ref(tables, self._out.discard))
 
     def __repr__(self) -> str:
         if self._closed:
-            return "<GuestMemory closed>"
-        held = ", ".join(f"[{start:#x}, {end:#x})" for start, end, _, _ in self._pieces)
+            return f"<GuestMemory closed: {self._why}>" if self._why else "<GuestMemory closed>"
+        held = ", ".join(f"[{start:#x}, {end:#x})" for start, end, _, _ in self._held[1])
         return f"<GuestMemory {held}>"
+
+
+class Tables:
+    """What a compiled walk knows of its memory: by level, the table that an entry's value leads to, or None."""
+
+    __slots__ = ("__weakref__", "levels")
+
+    def __init__(self, levels: int) -> None:
+        self.levels: list[dict[int, memoryview | None]] = [{} for _ in range(levels)]
+
+    def release(self) -> None:
+        """Let go of them all."""
+        for known in self.levels:
+            for view in list(known.values()):
+                if view is not None:
+                    _release(view)
+            known.clear()
+
+
+def _release(view: memoryview) -> None:
+    try:
+        view.release()
+    except BufferError:
+        pass  # an array is made from it; it goes with that
 
 
 def _bytes(call: str, buffer: object) -> memoryview:

@@ -14,7 +14,9 @@ paging, which are those of AMD's NPT too; kvm_intel then replaces most of them w
     mmu_writable    bit 10                      bit 58
     mmio            bits 51 and 0, access 2:1   bits 2:0 = 110b
 
-Source: kernel arch/x86/kvm/mmu/spte.c and spte.h @v6.18, with what differs back to 6.1; see `CHANGES`.
+Source: kernel arch/x86/kvm/mmu/spte.c and spte.h @v6.18, and the same files of 6.1, 6.9, 6.10, 6.11, 6.12, 6.13 and
+6.14 for what changed; see `CHANGES`.  Those of 6.15 to 6.17 were not at hand: what is dated 6.16 is in 6.18 and not in
+6.14, and came with TDX.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from ..arch.number import number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
 
-__all__ = ["CHANGES", "KINDS", "NEWEST", "OLDEST", "ShadowMasks", "kernel_version", "reset_all_pte_masks"]
+__all__ = [
+    "CHANGES",
+    "KINDS",
+    "NEWEST",
+    "OLDEST",
+    "SPTE_MMIO_ALLOWED_MASK",
+    "ShadowMasks",
+    "kernel_version",
+    "reset_all_pte_masks",
+]
 
 OLDEST, NEWEST = (6, 1), (6, 18)
 """The kernels whose rules are known here, both included."""
@@ -44,7 +55,7 @@ CHANGES = (
     ("6.13", "kvm_ad_enabled says whether A/D bits are used; EPT: accessed_mask, dirty_mask are set without them too"),
     ("6.16", "shadow_memtype_mask is gone: what is asked is whether the vendor module has get_mt_mask"),
 )
-"""(kernel, what changed with it) from `OLDEST` to `NEWEST`, oldest first."""
+"""(kernel, what changed with it) from `OLDEST` to `NEWEST`, oldest first: by the sources, but 6.16 (see above)."""
 
 # Bits of a page-table entry and of an EPT entry (arch/x86/kvm/mmu.h, arch/x86/include/asm/vmx.h).
 _P, _W, _U = 1 << 0, 1 << 1, 1 << 2
@@ -56,8 +67,9 @@ _EPT_MISCONFIG_WX = _EPT_W | _EPT_X
 
 _L1TF_LEN = 5  # SHADOW_NONPRESENT_OR_RSVD_MASK_LEN
 _FROZEN_LOW = 0x5A0
-# SPTE_MMIO_ALLOWED_MASK: bit 63, bits 51:12, bits 2:0
-_MMIO_ALLOWED = 1 << 63 | (1 << 52) - (1 << 12) | 7
+
+SPTE_MMIO_ALLOWED_MASK = 1 << 63 | (1 << 52) - (1 << 12) | 7
+"""What the mask of MMIO SPTEs may have: bit 63, bits 51:12, bits 2:0; the rest is the generation's, and bit 11."""
 
 
 def kernel_version(text: str, call: str = "kernel_version") -> tuple[int, int]:
@@ -146,27 +158,28 @@ class ShadowMasks(Value):
         call = "set_mmio_spte_mask"
         value, mask = number(call, "value", value), number(call, "mask", mask)
         access = number(call, "access", access, (1 << 32) - 1)
-        asked, warned = value, []
+        warned = []
         if value & self.nonpresent_or_rsvd_lower_gfn_mask:
             over = value & self.nonpresent_or_rsvd_lower_gfn_mask
             warned.append(f"MMIO value {value:#x} has bits {over:#x} of the address of the page")
         if not self.mmio_caching:
             value = 0
-        if mask & ~_MMIO_ALLOWED:
-            warned.append(f"MMIO mask {mask:#x} has bits {mask & ~_MMIO_ALLOWED:#x} beside 63, 51:12 and 2:0")
+        off = ": MMIO caching is off"
+        if mask & ~SPTE_MMIO_ALLOWED_MASK:
+            beside = mask & ~SPTE_MMIO_ALLOWED_MASK
+            warned.append(f"MMIO mask {mask:#x} has bits {beside:#x} beside 63, 51:12 and 2:0{off}")
             value = 0
-        moved = self.nonpresent_or_rsvd_mask << _L1TF_LEN & (1 << 64) - 1
+        moved = self.nonpresent_or_rsvd_mask << _L1TF_LEN
         if value & moved:
-            warned.append(f"MMIO value {value:#x} overlaps {moved:#x}, where L1TF's mask moves bits of the address to")
+            to = f"{moved:#x}, where L1TF's mask moves bits of the address to"
+            warned.append(f"MMIO value {value:#x} overlaps {to}{off}")
             value = 0
         if value & mask != value:
-            warned.append(f"MMIO value {value:#x} has bits outside its mask {mask:#x}")
+            warned.append(f"MMIO value {value:#x} has bits outside its mask {mask:#x}{off}")
             value = 0
         if value and self.frozen_spte & mask == value:
-            warned.append(f"MMIO value {value:#x} is what a frozen SPTE {self.frozen_spte:#x} reads as")
+            warned.append(f"MMIO value {value:#x} is what a frozen SPTE {self.frozen_spte:#x} reads as{off}")
             value = 0
-        if warned and asked and not value:
-            warned[-1] += ": MMIO caching is off"
         return self.replace(
             mmio_value=value,
             mmio_mask=mask,
@@ -241,7 +254,7 @@ def reset_all_pte_masks(
 
     `phys_bits` is the processor's MAXPHYADDR (CPUID 0x80000008 EAX 7:0), 32 to 52.  `x86_phys_bits`, by default the
     same, is the width that the kernel uses: without key bits (MKTME) or less what SME takes.  `l1tf`: the processor has
-    the bug; then `cache_bits` (by default `x86_phys_bits`) is how many address bits its L1 cache looks at.
+    the bug; then `cache_bits` (by default `phys_bits`) is how many address bits its L1 cache looks at.
     `mmio_caching`: the module parameter as it was loaded.  `npt`: the set belongs to NPT, which changes no mask.
 
     ArgumentError: a width out of range, a version that is not known here.  Source: spte.c @v6.18.
@@ -255,7 +268,7 @@ def reset_all_pte_masks(
     call = "reset_all_pte_masks"
     phys_bits = number(call, "phys_bits", phys_bits, 52, 32)
     kept = phys_bits if x86_phys_bits is None else number(call, "x86_phys_bits", x86_phys_bits, phys_bits, 32)
-    cache = kept if cache_bits is None else number(call, "cache_bits", cache_bits, 52, 32)
+    cache = phys_bits if cache_bits is None else number(call, "cache_bits", cache_bits, 52, 32)
     known = kernel_version(version, call)
     low_phys_bits, rsvd = kept, 0
     warned: tuple[str, ...] = ()

@@ -15,8 +15,9 @@ migration) and tell KVM by a notifier.  So a fault remembers `mmu_invalidate_seq
 Only an invalidation that overlaps a memslot does any of that: others are told to KVM, which looks and leaves.  There is
 one range for all invalidations under way: a frame between two of them retries too.
 
-By version: until 6.7 the rules went by host addresses (mmu_invalidate_retry_hva), since 6.8 by guest frames; the
-question without the lock came with 6.9.
+By version: this is 6.8 and later.  Until 6.7 the range was one of host addresses, given to begin at once
+(mmu_invalidate_retry_hva), and there was no question without the lock; until 5.19 the names had mmu_notifier_ for
+mmu_invalidate_.
 
 Source: linux:virt/kvm/kvm_main.c (kvm_mmu_invalidate_begin, kvm_mmu_invalidate_range_add, kvm_mmu_invalidate_end,
 kvm_handle_hva_range), include/linux/kvm_host.h (mmu_invalidate_retry, mmu_invalidate_retry_gfn and its unsafe kin),
@@ -129,7 +130,10 @@ class MmuInvalidate:
             self.mmu_invalidate_range_end = max(self.mmu_invalidate_range_end, end)
 
     def end(self) -> None:
-        """kvm_mmu_invalidate_end.  ArgumentError: nothing is under way, for which the kernel calls the VM bugged."""
+        """kvm_mmu_invalidate_end.  ArgumentError: nothing is under way, for which the kernel calls the VM bugged.
+
+        Where no range was added the kernel warns, and goes on as here.
+        """
         self._check_under_way("end")
         # In this order, so that no one sees neither: an invalidation under way, nor a new sequence number.
         self.mmu_invalidate_seq = self.mmu_invalidate_seq + 1 & ALL

@@ -2,18 +2,20 @@
 
 Some processors hang on a machine check where an instruction page's size changes under them (iTLB multihit).  Against
 that KVM maps huge pages without execute and splits one where the guest executes from it.  A worker of each VM gives
-split pages back later, a share of them each period:
+split pages back later, a share of those on a list each period:
 
     enabled   nx_huge_pages and a ratio that is not 0
     period    nx_huge_pages_recovery_period_ms, or where that is 0 an hour / ratio, one second at least
-    to zap    ceil(pages on the list / ratio), from the list's head
+    to zap    ceil(pages on the list / ratio), from the list's head; one list for each type of MMU
+    a page    is zapped, or only taken off the list where its slot logs dirty pages
 
 The parameters are those of module kvm, in /sys/module/kvm/parameters, for all VMs of the host; a model changes nothing
 there.
 
-By version: "never" came with 6.4 (and stable kernels); the worker was a kernel thread until 6.12, since 6.13 it is a
-thread of the VM's own process, named kvm-nx-lpage-recovery and seen as its first 15 letters; until 6.17 there was one
-list, and the share was of the VM's statistic nx_lpage_splits, since 6.18 there is one for each type of MMU.
+By version: "never" came with 6.5 (and stable kernels before); the worker was a kernel thread until 6.12, since 6.13
+(and in later stable kernels of 6.12) it is a thread of the VM's own process, named kvm-nx-lpage-recovery and seen as
+its first 15 letters; until 6.17 there was one list, and the share was of the VM's statistic nx_lpage_splits, which is
+the length of both lists now.  6.14 reads no truth value that begins with e or d ("enabled", "disabled"); 6.18 does.
 
 Source: linux:arch/x86/kvm/mmu/mmu.c (set_nx_huge_pages, set_nx_huge_pages_recovery_param,
 calc_nx_huge_pages_recovery_period, kvm_recover_nx_huge_pages, kvm_nx_huge_page_recovery_worker) @v6.18;
@@ -25,14 +27,20 @@ from __future__ import annotations
 import errno
 
 from ..arch.number import number
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container, Hashable
 
 __all__ = [
     "KVM_NR_MMU_TYPES",
     "KVM_SHADOW_MMU",
     "KVM_TDP_MMU",
     "NxParameters",
+    "NxRecovered",
+    "PossibleNxHugePages",
     "SetAnswer",
     "recovery_period_ms",
     "recovery_to_zap",
@@ -49,8 +57,9 @@ _UINT_MAX = (1 << 32) - 1
 _HOUR_MS = 60 * 60 * 1000
 _SLOWEST_RATIO = 3600  # that makes a period of one second
 
-_TRUE = ("y", "Y", "t", "T", "1")
-_FALSE = ("n", "N", "f", "F", "0")
+_TRUE = ("e", "E", "y", "Y", "t", "T", "1")
+_FALSE = ("d", "D", "n", "N", "f", "F", "0")
+_U64_DIGITS = 22  # of the longest number of 64 bits, in octal
 
 
 def recovery_period_ms(nx_huge_pages: bool, ratio: int, period_ms: int) -> int | None:
@@ -84,7 +93,7 @@ def recovery_to_zap(nr_pages: int, ratio: int) -> int:
 def recovery_wait_ms(last_ms: int, now_ms: int, period_ms: int | None) -> int | None:
     """How long the worker sleeps on: 0 for a round now, None until it is woken, for want of a period.
 
-    `last_ms`: the end of the last round; `now_ms` is no earlier.
+    `last_ms`: the end of the last round, or the VM's first KVM_RUN; `now_ms` is no earlier.
 
     >>> recovery_wait_ms(0, 59_000, 60_000), recovery_wait_ms(0, 61_000, 60_000), recovery_wait_ms(0, 5, None)
     (1000, 0, None)
@@ -95,10 +104,94 @@ def recovery_wait_ms(last_ms: int, now_ms: int, period_ms: int | None) -> int | 
     return max(0, last_ms + number("recovery_wait_ms", "period_ms", period_ms) - now_ms)
 
 
+class NxRecovered(Value):
+    """What one round did with a list: the pages that it zapped, and those that it only took off."""
+
+    mmu_type: int
+    zapped: tuple[Hashable, ...] = ()
+    dropped: tuple[Hashable, ...] = ()
+
+
+class PossibleNxHugePages:
+    """The lists of one VM: shadow pages that keep a huge page from being there; one thread at a time.
+
+    A page gets on the list of its MMU (KVM_SHADOW_MMU, KVM_TDP_MMU) when a fetch put it where the host has a huge page:
+    where the size that the fault could have had is at least that of the entry that leads to the page.  A page may be
+    anything hashable.
+
+    >>> pages = PossibleNxHugePages()
+    >>> [pages.track(name) for name in ("a", "b", "c", "a")]
+    [True, True, True, False]
+    >>> pages.recover(ratio=2, dirty_logged={"b"})[KVM_SHADOW_MMU]  # ceil(3 / 2) of them
+    NxRecovered(mmu_type=0, zapped=('a',), dropped=('b',))
+    >>> pages.nx_lpage_splits
+    1
+    """
+
+    def __init__(self) -> None:
+        # In the order in which they came, one list for each type of MMU.
+        self._lists: tuple[dict[Hashable, None], ...] = tuple([{} for _ in range(KVM_NR_MMU_TYPES)])
+
+    def __repr__(self) -> str:
+        numbers = [len(pages) for pages in self._lists]
+        return f"<PossibleNxHugePages: {numbers[KVM_SHADOW_MMU]} shadow, {numbers[KVM_TDP_MMU]} TDP>"
+
+    @property
+    def nx_lpage_splits(self) -> int:
+        """The VM's statistic of this name: the pages on both lists."""
+        return sum(map(len, self._lists))
+
+    def pages(self, mmu_type: int = KVM_SHADOW_MMU) -> tuple[Hashable, ...]:
+        """The pages of a list, the next to be taken first.  ArgumentError: no type of MMU."""
+        return tuple(self._list("pages", mmu_type))
+
+    def track(self, page: Hashable, mmu_type: int = KVM_SHADOW_MMU) -> bool:
+        """Put a page at the end of a list; False where it is on it already (track_possible_nx_huge_page).
+
+        ArgumentError: no type of MMU, or a page that is on the other list, for a page belongs to one MMU.
+        """
+        pages = self._list("track", mmu_type)
+        if page in self._lists[1 - mmu_type]:
+            raise ArgumentError("track", "page", page, f"one that is not on list {1 - mmu_type}", "it has one MMU")
+        if page in pages:
+            return False
+        pages[page] = None
+        return True
+
+    def untrack(self, page: Hashable, mmu_type: int = KVM_SHADOW_MMU) -> bool:
+        """Take a page off a list, as when it is zapped; False where it is on none (untrack_possible_nx_huge_page).
+
+        ArgumentError: no type of MMU.
+        """
+        pages = self._list("untrack", mmu_type)
+        if page not in pages:
+            return False
+        del pages[page]
+        return True
+
+    def recover(self, ratio: int, dirty_logged: Container[Hashable] = ()) -> tuple[NxRecovered, ...]:
+        """One round of the worker: of each list its share, from the head (kvm_recover_nx_huge_pages).
+
+        `ratio`: the parameter (0: nothing is taken).  `dirty_logged`: pages whose slot logs dirty pages, which would
+        only be split again.  ArgumentError: `ratio` out of range.
+        """
+        done = []
+        for mmu_type, pages in enumerate(self._lists):
+            taken = list(pages)[: recovery_to_zap(len(pages), ratio)]
+            for page in taken:
+                del pages[page]
+            zapped = tuple([page for page in taken if page not in dirty_logged])
+            done.append(NxRecovered(mmu_type, zapped, tuple([page for page in taken if page in dirty_logged])))
+        return tuple(done)
+
+    def _list(self, call: str, mmu_type: int) -> dict[Hashable, None]:
+        return self._lists[number(call, "mmu_type", mmu_type, KVM_NR_MMU_TYPES - 1)]
+
+
 class SetAnswer(Value):
     """What a write to a parameter did.  `error`: 0, or the number of the error that write(2) gives.
 
-    `zaps`: every VM's shadow pages are zapped.  `wakes`: every VM's worker is woken.
+    `zaps`: every VM's shadow pages are zapped.  `wakes`: the worker of every VM that has one is woken.
     """
 
     error: int = 0
@@ -213,5 +306,7 @@ def _kstrtouint(text: str) -> int | SetAnswer:
     digits = digits[2:] if base == 16 else digits
     if not digits or any(digit not in "0123456789abcdef"[:base] for digit in digits.lower()):
         return SetAnswer(errno.EINVAL)
+    if len(digits.lstrip("0")) > _U64_DIGITS:
+        return SetAnswer(errno.ERANGE)
     value = int(digits, base)
     return value if value <= _UINT_MAX else SetAnswer(errno.ERANGE)

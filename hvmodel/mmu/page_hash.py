@@ -8,8 +8,8 @@ A search goes through the bucket's list, newest page first, until it finds the p
 collision, and the VM's statistic `max_mmu_page_hash_collisions` is the most that one search ever met.  Pages of the TDP
 MMU (EPT, NPT) are not in the table.
 
-By version: until 6.15 the table is an array in struct kvm_arch; since 6.16 it is a pointer, allocated with the VM or,
-where there is EPT or NPT, with the first shadow page.
+By version: until 6.16 the table is an array in struct kvm_arch; since 6.17 (and in later stable kernels of 6.12) it is
+a pointer, allocated with the VM or, with the TDP MMU, before the first shadow root.  The hash is the same.
 
 Source: linux:include/linux/hash.h (hash_64_generic), arch/x86/kvm/mmu/mmu.c (kvm_page_table_hashfn,
 kvm_mmu_find_shadow_page, kvm_mmu_alloc_shadow_page) @v6.18.
@@ -81,6 +81,9 @@ class PageHash:
     def get_page(self, gfn: int, role: PageRole) -> bool:
         """Find the page of this frame and role, or make it; whether it was made (kvm_mmu_get_shadow_page).
 
+        A search for a page of level 2 or more also zaps pages of the same frame that are out of step with the guest;
+        what is out of step is not known here, so say `zap` for those.
+
         ArgumentError: a frame of more than 64 bits.  ArgumentTypeError: `role` is no PageRole.
         """
         bucket = self._bucket(kvm_page_table_hashfn(gfn))
@@ -106,7 +109,7 @@ class PageHash:
         return True
 
     def zap_all(self) -> None:
-        """Take all pages out, as a memslot that goes does; the statistic stays."""
+        """Take all pages out, as a memslot that goes does (KVM_X86_QUIRK_SLOT_ZAP_ALL); the statistic stays."""
         self._buckets.clear()
 
     def chain(self, bucket: int) -> tuple[tuple[int, PageRole], ...]:

@@ -24,7 +24,7 @@ permission_fault, arch/x86/include/asm/kvm_host.h PFERR_*@v6.18; Intel SDM volum
 from __future__ import annotations
 
 from ..arch.number import number
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 
 __all__ = [
     "ACCESS_BITS",
@@ -132,6 +132,8 @@ def permission_fault(
     1
     """
     call = "permission_fault"
+    if not isinstance(permissions, (bytes, bytearray)):
+        raise ArgumentTypeError(call, "permissions", permissions, "16 bytes, of update_permission_bitmask")
     if len(permissions) != 16:
         raise ArgumentError(call, "permissions", permissions, "16 bytes, of update_permission_bitmask")
     number(call, "pkru_mask", pkru_mask, (1 << 32) - 1)

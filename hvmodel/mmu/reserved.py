@@ -52,9 +52,15 @@ class ReservedBits(Value):
     def is_rsvd_bits_set(self, entry: int, level: int) -> bool:
         """Whether a present entry of this level (1 to 5) has a bit, or a value, that it must not have.
 
+        ArgumentError: another level, more than 64 bits.
+
         >>> reset_guest_rsvds_bits_mask(4, maxphyaddr=48).is_rsvd_bits_set(1 << 50 | 1, 1)
         True
         """
+        number("ReservedBits.is_rsvd_bits_set", "entry", entry)
+        return self._is_set(entry, number("ReservedBits.is_rsvd_bits_set", "level", level, 5, 1))
+
+    def _is_set(self, entry: int, level: int) -> bool:
         return bool(entry & self.rsvd_bits_mask[entry >> 7 & 1][level - 1] or self.bad_mt_xwr >> (entry & 0x3F) & 1)
 
 

@@ -21,7 +21,8 @@ the role, and two that can share them do not.  A vCPU has a *CPU role*, what CR0
 `access` is what every entry on the way down allows: 1 execute, 2 write, 4 user.  `level` is that of the table, 4 for a
 root of 4-level paging; a CPU role without paging has level 0.
 
-By version: `passthrough` is there since Linux 5.19, which also gave the CPU role its 64 bits; `is_mirror` since 6.14.
+By version: `passthrough` is there since Linux 5.19, `is_mirror` since 6.14 (6.13 has bits 23:19 unused).  Before 5.19
+the CPU role was called kvm_mmu_role, with other fields.
 
 Source: linux:arch/x86/include/asm/kvm_host.h (the unions), arch/x86/kvm/mmu/mmu.c (kvm_calc_cpu_role,
 kvm_calc_tdp_mmu_root_page_role, kvm_calc_shadow_ept_root_page_role, kvm_init_shadow_npt_mmu, init_kvm_softmmu,
@@ -279,17 +280,19 @@ def _problems(role: PageRole, *, cpu: bool, version: tuple[int, int]) -> tuple[s
     found = []
     if role.level == 0 and not (cpu and role.direct):
         found.append("level 0: a table has level 1 or more; only a CPU role without paging has 0")
-    if role.direct and role.has_4_byte_gpte:
-        found.append("direct with has_4_byte_gpte: a direct page has no guest entries")
+    if cpu and role.direct and role.has_4_byte_gpte:
+        found.append("direct with has_4_byte_gpte: without paging the guest has no entries")
     if role.quadrant and not role.has_4_byte_gpte:
         found.append("quadrant without has_4_byte_gpte: only 4-byte tables are cut in parts")
-    if role.has_4_byte_gpte and role.level > 3:
+    # The root role of NPT that a 32-bit hypervisor made keeps the host's 4 or 5 levels.
+    if role.has_4_byte_gpte and role.level > 3 and (cpu or not role.guest_mode):
         found.append(f"has_4_byte_gpte with level {role.level}: 2-level paging has no such table")
     if role.has_4_byte_gpte and role.level == 1 and role.quadrant > 1:
         found.append(f"quadrant {role.quadrant} at level 1: a 4-byte table has two halves")
     for bit, of in ((role.smep_andnot_wp, "smep"), (role.smap_andnot_wp, "smap")):
         if bit and role.cr0_wp:
-            found.append(f"{of}_andnot_wp with cr0_wp: it says that WP is clear")
+            # With EPT or NPT KVM may follow a change of CR0.WP in the CPU role's cr0_wp alone.
+            found.append(f"{of}_andnot_wp with cr0_wp: it says that WP is clear" + (", or was before" if cpu else ""))
     if role.passthrough and role.level != 5 and not cpu:
         found.append(f"passthrough with level {role.level}: only a root of 5 levels is one")
     if role.is_mirror and version < _MIRROR_SINCE:
@@ -402,8 +405,9 @@ def shadow_root_role(cpu_role: CpuRole) -> PageRole:
 def tdp_level(maxphyaddr: int, *, max_level: int = 5, forced: int | None = None) -> int:
     """Levels of the tables of EPT or NPT (kvm_mmu_get_tdp_level), 3 to 5.
 
-    `maxphyaddr`: bits of the guest's physical addresses, by its CPUID; `max_level`: what the processor can;
-    `forced`: the one number that the host's own paging leaves to NPT, None for EPT.
+    `maxphyaddr`: bits of the guest's physical addresses, by its CPUID (of a TDX guest those of EAX[23:16] of leaf
+    0x80000008); `max_level`: what the processor can; `forced`: the one number that the host's own paging leaves to NPT,
+    None for EPT.
 
     >>> tdp_level(48), tdp_level(52), tdp_level(48, forced=5)
     (4, 5, 5)
@@ -468,9 +472,11 @@ def nested_npt_role(cr4: int, efer: int, *, level: int = 4, smm: bool = False) -
 def child_role(parent: PageRole, access: int, direct: bool, *, index: int = 0) -> PageRole:
     """The role of the table below entry `index` (0 to 511) of a shadow page (kvm_mmu_child_role).
 
-    `access` (0 to 7): what the guest's entries so far allow; `direct`: no guest table is behind it.
+    `access` (0 to 7): what the guest's entries so far allow; `direct`: no guest table is behind it, as below a large
+    page of the guest.  A table below a 4 MiB page stays one with has_4_byte_gpte, and has the quadrant of its half.
 
-    ArgumentError: a parent of level 1 or less has no child; numbers out of range.
+    ArgumentError: a parent of level 1 or less, which has no child, or of 2-level paging and another level than 2;
+    numbers out of range.
 
     >>> child_role(PageRole(0x3704), 5, False)
     PageRole(level=3, access=5, efer_nx=1, cr0_wp=1)
@@ -480,6 +486,9 @@ def child_role(parent: PageRole, access: int, direct: bool, *, index: int = 0) -
     index = number("child_role", "index", index, 511)
     if level < 2:
         raise ArgumentError("child_role", "parent", parent, "a role of level 2 or more", "there is no table below")
+    if parent.has_4_byte_gpte and level != 2:
+        accepted = "a role of level 2"
+        raise ArgumentError("child_role", "parent", parent, accepted, "2-level paging has tables of levels 2 and 1")
     word = word & ~(0xF | 1 << 7 | _ACC_ALL << 8 | 1 << 18) | level - 1 | bool(direct) << 7 | access << 8
     if word & 1 << 4:
         word = word & ~(3 << 5) | (index & 1) << 5
@@ -508,7 +517,10 @@ def root_pages(
     cover 1 GiB each; of a 2-level guest (`root_gfn`: the frame in CR3) each is a quarter of the guest's directory; of a
     PAE guest there is one for each entry of `pdptrs` (4 numbers) that is present.
 
-    ArgumentError: a PAE guest without 4 `pdptrs`; roles of which one pages and the other does not.
+    The frames are taken to be in memslots: where that of CR3 is not, KVM uses a dummy root, which is no shadow page; a
+    PDPTE that leads out of them has no root.
+
+    ArgumentError: a PAE guest without 4 `pdptrs`; a root role that pages for a CPU role that does not.
 
     >>> nopaging = calc_cpu_role(0, 0, 0)
     >>> [(hex(gfn), hex(role.word)) for _, gfn, role in root_pages(nopaging, shadow_root_role(nopaging))]

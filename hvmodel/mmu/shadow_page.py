@@ -116,6 +116,10 @@ class ShadowPage:
         """Set role.invalid."""
         self.role |= _INVALID
 
+    def entry(self, index: int) -> int:
+        """The entry at `index`; 0 where nothing was put there."""
+        return self.spt.get(index, 0)
+
     def present(self) -> Iterator[tuple[int, int]]:
         """(index, entry) of the entries that are shadow-present, by index."""
         for index in sorted(self.spt):
@@ -193,18 +197,18 @@ class SimSlot:
         self.rmap: dict[tuple[int, int], dict[tuple[ShadowPage, int], None]] = {}
         self.tracked: dict[int, int] = {}
         self.disallow: dict[tuple[int, int], int] = {}
-        end = base_gfn + npages
         # What of a slot's ends, or of its place in the host, is no whole large page (kvm_alloc_memslot_metadata).
+        self._cut: set[tuple[int, int]] = set()
+        self._shifted: set[int] = set()
+        end = base_gfn + npages
         for level in range(2, KVM_MAX_HUGEPAGE_LEVEL + 1):
-            inside = pages_per_hpage(level) - 1
-            if base_gfn & inside:
-                self.disallow[level, gfn_round_for_level(base_gfn, level)] = 1
-            if end & inside:
-                self.disallow[level, gfn_round_for_level(end - 1, level)] = 1
-        self._shifted = {
-            level: bool((base_gfn ^ self.hva >> 12) & pages_per_hpage(level) - 1)
-            for level in range(2, KVM_MAX_HUGEPAGE_LEVEL + 1)
-        }
+            pages = pages_per_hpage(level)
+            if base_gfn % pages:
+                self._cut.add((level, gfn_round_for_level(base_gfn, level)))
+            if end % pages:
+                self._cut.add((level, gfn_round_for_level(end, level)))
+            if (base_gfn - (self.hva >> 12)) % pages:
+                self._shifted.add(level)
 
     def __contains__(self, gfn: int) -> bool:
         return self.base_gfn <= gfn < self.base_gfn + self.npages
@@ -224,7 +228,8 @@ class SimSlot:
 
     def lpage_allowed(self, gfn: int, level: int) -> bool:
         """Whether a page of `level` may map this frame, as far as the slot is asked (kvm_gfn_is_lpage_allowed)."""
-        return not self._shifted[level] and not self.disallow.get((level, gfn_round_for_level(gfn, level)))
+        key = level, gfn_round_for_level(gfn, level)
+        return level not in self._shifted and key not in self._cut and not self.disallow.get(key)
 
     def count_disallow(self, gfn: int, by: int) -> None:
         """One table more or less keeps this frame from being part of a large page."""

@@ -54,8 +54,6 @@ class ShadowRoots(ShadowTree):
     cr3: int
     cr4: int
     efer: int
-    #: kvm's parameter flush_on_reuse.
-    flush_on_reuse: bool
     _cpuid: tuple[int, bool, bool]  # maxphyaddr, gbpages, amd
     _sync: bool  # KVM_REQ_MMU_SYNC
 
@@ -114,10 +112,9 @@ class ShadowRoots(ShadowTree):
         level = self.root_role.level
         if self.root_role.direct:
             self._make_available()
-            pgd = 0
             gfns = [i << 18 for i in range(4)] if level == 3 else [0]
             pages = [self._alloc_root(gfn, 0, 2 if level == 3 else level) for gfn in gfns]
-            self.root = Root(pgd, tuple(pages))
+            self.root = Root(self.cr3, tuple(pages))
             return
         pgd = self.cr3
         root_gfn = (pgd & _ADDRESS) >> 12
@@ -152,13 +149,11 @@ class ShadowRoots(ShadowTree):
 
     def _new_pgd(self, pgd: int) -> None:
         # kvm_mmu_new_pgd
-        if not self._fast_pgd_switch(pgd):
-            return
-        assert self.root is not None
-        self._sync |= self.flush_on_reuse
-        for sp in self.root.pages:
-            if sp is not None and not self.root_role.direct:
-                sp.write_flooding_count = 0
+        if self._fast_pgd_switch(pgd):
+            assert self.root is not None
+            [sp] = self.root.pages
+            assert sp is not None
+            sp.write_flooding_count = 0
 
     def _is_root_usable(self, root: Root | None, pgd: int) -> bool:
         if root is None or len(root.pages) != 1 or root.pages[0] is None:

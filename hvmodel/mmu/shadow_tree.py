@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShadowTree"]
 
-_PAGE_ARRAY_NR = 16  # KVM_PAGE_ARRAY_NR
+_MOST_FOUND = 15  # KVM_PAGE_ARRAY_NR, of which the page above takes one
 _MIN_FREE_PAGES, _REFILL_PAGES = 5, 25  # KVM_MIN_FREE_MMU_PAGES, KVM_REFILL_PAGES
 _PAGES_RATIO, _MIN_ALLOC_PAGES = 50, 64  # KVM_MEMSLOT_PAGES_TO_MMU_PAGES_RATIO, KVM_MIN_ALLOC_MMU_PAGES
 _FLOOD = 3  # writes to a table until it is taken for none
@@ -46,6 +46,8 @@ _PAGE = 4096
 
 class ShadowTree:
     """The shadow pages of a VM; see the module's text, and `ShadowMmu` for the arguments.  One thread at a time."""
+
+    _entry: int  # bytes of a guest's entry
 
     def __init__(
         self,
@@ -77,7 +79,6 @@ class ShadowTree:
         #: The kvm module's parameter of this name, which kernels with kvm_pvm have.
         self.eager_zap_unsync_children = bool(eager_zap_unsync_children)
         self._spt_pa = iter(range(_FIRST_PA, 1 << 46, _PAGE)).__next__ if spt_pa is None else spt_pa
-        self._entry = 8  # bytes of a guest's entry
         self._free_obsolete = False  # KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
         for slot in slots:
             self._add_slot(slot)
@@ -134,13 +135,13 @@ class ShadowTree:
 
     def _drop_spte(self, sp: ShadowPage, index: int) -> None:
         # drop_spte
-        old = sp.spt.pop(index, 0)
-        if is_shadow_present_pte(old):
+        if is_shadow_present_pte(sp.entry(index)):
             gfn = sp.gfn_of(index)
             slot = self.slot_at(gfn)
             assert slot is not None
-            slot.rmap[sp.level, gfn].pop((sp, index))
+            del slot.rmap[sp.level, gfn][sp, index]
             sp.translation.pop(index, None)
+        sp.spt.pop(index, None)
 
     def _spte_write_protect(self, sp: ShadowPage, index: int, pt_protect: bool) -> None:
         # spte_write_protect
@@ -224,7 +225,7 @@ class ShadowTree:
 
     def _link(self, sp: ShadowPage, index: int, child: ShadowPage) -> None:
         # link_shadow_page
-        if is_shadow_present_pte(sp.spt.get(index, 0)):
+        if is_shadow_present_pte(sp.entry(index)):
             self._zap_pte(sp, index)
         sp.spt[index] = make_nonleaf_spte(self.masks, child.pa, bool(PageRole(child.role).ad_disabled))
         sp.children[index] = child
@@ -240,7 +241,7 @@ class ShadowTree:
 
     def _zap_pte(self, sp: ShadowPage, index: int) -> None:
         # mmu_page_zap_pte
-        spte = sp.spt.get(index, 0)
+        spte = sp.entry(index)
         if not is_shadow_present_pte(spte):
             sp.spt.pop(index, None)
         elif is_last_spte(spte, sp.level):
@@ -280,7 +281,7 @@ class ShadowTree:
         if parent.level == 1 or not self.eager_zap_unsync_children:
             return 0
         while found := self._unsync_walk(parent):
-            for sp, path in self._leaves(found):
+            for sp, path in self._leaves(parent, found):
                 self._prepare_zap(sp, invalid)
                 self._clear_parents(path)
                 zapped += 1
@@ -288,7 +289,7 @@ class ShadowTree:
 
     def _make_available(self) -> None:
         # make_mmu_pages_available
-        available = max(self.max_pages - self.pages.used, 0)
+        available = self.max_pages - self.pages.used
         if available < _MIN_FREE_PAGES:
             self._zap_oldest(_REFILL_PAGES - available)
 
@@ -371,59 +372,49 @@ class ShadowTree:
         self._event(sp.event("sync_page"))
         sp.unsync = False
 
-    def _unsync_walk(self, sp: ShadowPage) -> Found:
-        # mmu_unsync_walk: (page, index in the page above) from the top, each before what is below; at most 16
-        if not sp.unsync_children:
-            return []
-        found = [(sp, -1)]
-        leaves = self._unsync_below(sp, found)
-        return found if leaves else []
+    def _unsync_walk(self, top: ShadowPage) -> Found:
+        # mmu_unsync_walk: unsync pages below, and those between, each after the one above; a part of them where many
+        found: Found = []
+        return found if self._unsync_below(top, found) else []
 
-    def _unsync_below(self, sp: ShadowPage, found: Found) -> int:
-        # __mmu_unsync_walk; -1: `found` is full
-        leaves = 0
+    def _unsync_below(self, sp: ShadowPage, found: Found) -> bool:
+        # __mmu_unsync_walk: whether there is any.  Marks of entries without one are removed.
+        stale = False
         for index in sorted(sp.unsync_children):
             child = sp.children.get(index)
-            if child is None:
-                sp.unsync_children.discard(index)
-            elif child.unsync_children:
+            if child is not None and child.unsync_children:
                 if self._pages_add(found, child, index):
-                    return -1
+                    return True
                 below = self._unsync_below(child, found)
-                if below < 0:
-                    return -1
-                if not below:
-                    sp.unsync_children.discard(index)
-                leaves += below
-            elif child.unsync:
-                leaves += 1
-                if self._pages_add(found, child, index):
-                    return -1
+            else:
+                below = child is not None and child.unsync
+                if child is not None and child.unsync and self._pages_add(found, child, index):
+                    return True
+            if len(found) == _MOST_FOUND:
+                return True
+            if below:
+                stale = True
             else:
                 sp.unsync_children.discard(index)
-        return leaves
+        return stale
 
     @staticmethod
     def _pages_add(found: Found, sp: ShadowPage, index: int) -> bool:
-        # mmu_pages_add
-        if sp.unsync and any(other is sp for other, _ in found):
-            return False
-        found.append((sp, index))
-        return len(found) == _PAGE_ARRAY_NR
+        # mmu_pages_add; whether `found` is full
+        if not sp.unsync or all(other is not sp for other, _ in found):
+            found.append((sp, index))
+        return len(found) == _MOST_FOUND
 
     @staticmethod
-    def _leaves(found: Found) -> Iterator[tuple[ShadowPage, Found]]:
+    def _leaves(top: ShadowPage, found: Found) -> Iterator[tuple[ShadowPage, Found]]:
         # for_each_sp: each page of level 1, with the entries that lead to it, the nearest first
-        parent: dict[int, ShadowPage] = {}
-        at: dict[int, int] = {}
-        top = found[0][0].level
+        parent, at = {top.level: top}, {}
         for sp, index in found:
-            if index >= 0:
-                at[sp.level] = index
+            at[sp.level] = index
             if sp.level > 1:
                 parent[sp.level] = sp
-                continue
-            yield sp, [(parent[level], at[level - 1]) for level in range(2, top + 1)]
+            else:
+                yield sp, [(parent[level], at[level - 1]) for level in range(2, top.level + 1)]
 
     @staticmethod
     def _clear_parents(path: Found) -> None:
@@ -436,11 +427,11 @@ class ShadowTree:
     def _sync_children(self, parent: ShadowPage) -> None:
         # mmu_sync_children
         while found := self._unsync_walk(parent):
-            for sp, _ in self._leaves(found):
+            for sp, _ in self._leaves(parent, found):
                 slot = self.slot_at(sp.gfn)
                 assert slot is not None
                 self._write_protect_gfn(slot, sp.gfn)
-            for sp, path in self._leaves(found):
+            for sp, path in self._leaves(parent, found):
                 self._unlink_unsync(sp)
                 self._sync_page(sp)
                 self._clear_parents(path)

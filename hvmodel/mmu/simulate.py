@@ -74,7 +74,6 @@ _TRIES = 64  # times that one access may fault: more is a bug of the model
 
 _P, _W, _A, _D = 1, 2, 1 << 5, 1 << 6
 _NOSLOT = 1 << 63  # KVM_PFN_NOSLOT
-_ADDRESS = (1 << 52) - (1 << 12)
 _PAGE = 4096
 _KINDS = {"load": 0, "store": PFERR_WRITE_MASK, "fetch": PFERR_FETCH_MASK}
 _RET_PF_RETRY, _RET_PF_EMULATE, _RET_PF_WRITE_PROTECTED, _RET_PF_FIXED, _RET_PF_SPURIOUS = 1, 2, 3, 5, 6
@@ -138,10 +137,10 @@ class ShadowMmu(ShadowRoots):
     `nx_huge_pages`: KVM's mitigation is on.  `max_huge_page_level`: 2 or 3.  `max_pages`: shadow pages that KVM may
     have, by default what it computes of the slots.  `spt_pa`: gives each new shadow page the address of its entries.
 
-    Where kernels differ from v6.18: `flush_on_reuse` is the kvm module's parameter (default off).  Kernels with kvm_pvm
-    have a parameter `eager_zap_unsync_children`; v6.18 does as with that on.  `emulation_batch`: kvm_pvm emulates many
-    instructions of CPL 0 at a time, and between them KVM does nothing that it was asked for but load a missing root; so
-    the synchronisation that MOV to CR3 asks for waits until the guest is entered again (v6.18 enters before each).
+    Where kernels differ from v6.18: those with kvm_pvm have a parameter of the kvm module `eager_zap_unsync_children`,
+    and v6.18 does as with that on.  `emulation_batch`: kvm_pvm emulates many instructions of CPL 0 at a time, and between
+    them KVM does nothing that it was asked for but load a missing root; so the synchronisation that MOV to CR3 asks for
+    waits until the guest is entered again (v6.18 enters it before each).
 
     ArgumentError: masks of another kind; slots that overlap; registers as `calc_cpu_role`.  One thread at a time.
 
@@ -181,7 +180,6 @@ class ShadowMmu(ShadowRoots):
         spt_pa: Callable[[], int] | None = None,
         emulation_batch: bool = False,
         eager_zap_unsync_children: bool = True,
-        flush_on_reuse: bool = False,
     ) -> None:
         call = "ShadowMmu"
         if masks.kind == "ept":
@@ -202,7 +200,6 @@ class ShadowMmu(ShadowRoots):
         self.nx_huge_pages = bool(nx_huge_pages)
         self.max_huge_page_level = number(call, "max_huge_page_level", max_huge_page_level, 3, 2)
         self.emulation_batch = bool(emulation_batch)
-        self.flush_on_reuse = bool(flush_on_reuse)
         self._sync = False  # KVM_REQ_MMU_SYNC
         self._init_mmu(cr0, cr3, cr4, efer)
 
@@ -340,7 +337,7 @@ class ShadowMmu(ShadowRoots):
     def translation(self, gva: int) -> int | None:
         """Where the shadow tables lead, without a change; None: no present leaf."""
         for sp, index in self._shadow_walk(gva):
-            spte = sp.spt.get(index, 0)
+            spte = sp.entry(index)
             if is_shadow_present_pte(spte) and is_last_spte(spte, sp.level):
                 return (sp.gfn_of(index) << 12) + (gva & (pages_per_hpage(sp.level) << 12) - 1)
         return None
@@ -452,7 +449,7 @@ class ShadowMmu(ShadowRoots):
         # The processor's walk of the shadow tables: the gpa, with A and D set; or the fault's error code.
         masks = self.masks
         for sp, index in self._shadow_walk(gva):
-            spte = sp.spt.get(index, 0)
+            spte = sp.entry(index)
             if is_mmio_spte(masks, spte):
                 return (access | PFERR_PRESENT_MASK | PFERR_RSVD_MASK,)
             if not is_shadow_present_pte(spte):
@@ -483,7 +480,7 @@ class ShadowMmu(ShadowRoots):
         while sp is not None:
             index = shadow_pt_index(gva, sp.level)
             yield sp, index
-            spte = sp.spt.get(index, 0)
+            spte = sp.entry(index)
             if not is_shadow_present_pte(spte) or is_last_spte(spte, sp.level):
                 return
             sp = sp.children[index]
@@ -690,7 +687,7 @@ class ShadowMmu(ShadowRoots):
         if fault.rsvd or not fault.present or not fault.write:
             return 0
         *_, (sp, index) = self._shadow_walk(fault.addr)
-        old = sp.spt.get(index, 0)
+        old = sp.entry(index)
         ret, new = 0, old
         if is_shadow_present_pte(old) and is_last_spte(old, sp.level):
             assert fault.slot is not None
@@ -720,7 +717,7 @@ class ShadowMmu(ShadowRoots):
 
     def _disallowed_hugepage_adjust(self, fault: _Fault, sp: ShadowPage, index: int) -> None:
         # disallowed_hugepage_adjust
-        spte = sp.spt.get(index, 0)
+        spte = sp.entry(index)
         if sp.level == 1 or sp.level != fault.goal_level or not is_shadow_present_pte(spte) or is_large_pte(spte):
             return
         if sp.children[index].nx_huge_page_disallowed:
@@ -744,7 +741,7 @@ class ShadowMmu(ShadowRoots):
             self._mark_mmio_spte(sp, index, gfn, access)
             return _RET_PF_EMULATE
         ret = _RET_PF_FIXED
-        old = sp.spt.get(index, 0)
+        old = sp.entry(index)
         rmapped = False
         if is_shadow_present_pte(old):
             leaf = is_last_spte(old, sp.level)
@@ -756,7 +753,7 @@ class ShadowMmu(ShadowRoots):
                 self._drop_spte(sp, index)
             else:
                 rmapped = True
-        old = sp.spt.get(index, 0)
+        old = sp.entry(index)
         writable = fault is None or fault.map_writable
         spte, wrprot = self._make_spte(sp, slot, access, gfn, pfn, old, fault is None, False, writable)
         if old == spte:
@@ -815,7 +812,7 @@ class ShadowMmu(ShadowRoots):
         first = index & ~(PTE_PREFETCH_NUM - 1)
         for i, gpte in enumerate(walk.prefetch_gptes):
             at = first + i
-            if at == index or is_shadow_present_pte(sp.spt.get(at, 0)):
+            if at == index or is_shadow_present_pte(sp.entry(at)):
                 continue
             if not self._prefetch_gpte(sp, at, gpte):
                 break
@@ -843,7 +840,7 @@ class ShadowMmu(ShadowRoots):
         first = index & ~(PTE_PREFETCH_NUM - 1)
         start: int | None = None
         for at in range(first, first + PTE_PREFETCH_NUM):
-            if at == index or is_shadow_present_pte(sp.spt.get(at, 0)):
+            if at == index or is_shadow_present_pte(sp.entry(at)):
                 if start is None:
                     continue
                 if not self._prefetch(sp, start, sp.gfn + start, at - start, sp.access):
@@ -884,13 +881,13 @@ class ShadowMmu(ShadowRoots):
 
     def _get_child(self, sp: ShadowPage, index: int, gfn: int, direct: bool, access: int) -> ShadowPage | None:
         # kvm_mmu_get_child_sp; None: it is linked there already (-EEXIST)
-        spte = sp.spt.get(index, 0)
+        spte = sp.entry(index)
         if is_shadow_present_pte(spte) and not is_large_pte(spte):
             return None
         return self._get_shadow_page(gfn, child_role(PageRole(sp.role), access, direct, index=index))
 
     def _validate_direct_spte(self, sp: ShadowPage, index: int, access: int) -> None:
-        spte = sp.spt.get(index, 0)
+        spte = sp.entry(index)
         if is_shadow_present_pte(spte) and not is_large_pte(spte) and sp.children[index].access != access:
             self._drop_parent(sp.children[index], sp, index)
 
@@ -903,9 +900,9 @@ class ShadowMmu(ShadowRoots):
 
     def _sync_spte(self, sp: ShadowPage, index: int) -> bool:
         # FNAME(sync_spte); True: there was something to flush
-        spte = sp.spt.get(index, 0)
-        if not spte:
+        if index not in sp.spt:
             return False
+        spte = sp.spt[index]
         quadrant = PageRole(sp.role).quadrant if self._entry == 4 else 0
         gpte = self._gpte((sp.gfn << 12) + (quadrant << 9) * self._entry + index * self._entry)
         if self._prefetch_invalid(sp, index, gpte):

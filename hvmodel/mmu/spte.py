@@ -27,7 +27,8 @@ Under L1TF the five highest bits that the cache looks at are ones, and the addre
 higher.
 
 All functions are pure and take the masks (`hvmodel.mmu.masks`).  Source: kernel arch/x86/kvm/mmu/spte.c and spte.h
-@v6.18; before 6.13 make_spte and access tracking differ, as `masks.version` says.
+@v6.18, and the same files of 6.1, 6.9 and 6.12 for what was otherwise before 6.13: make_spte and access tracking, as
+`masks.version` says.
 """
 
 from __future__ import annotations
@@ -68,14 +69,17 @@ __all__ = [
     "SPTE_TDP_AD_MASK",
     "SPTE_TDP_AD_WRPROT_ONLY",
     "WRITABLE_STATES",
+    "check_mmio_spte",
     "check_spte_writable_invariants",
     "decode_spte",
     "generation_mmio_spte_mask",
     "get_mmio_spte_access",
     "get_mmio_spte_generation",
     "get_mmio_spte_gfn",
+    "is_access_allowed",
     "is_access_track_spte",
     "is_accessed_spte",
+    "is_dirty_spte",
     "is_ept_ve_possible",
     "is_executable_pte",
     "is_frozen_spte",
@@ -91,11 +95,14 @@ __all__ = [
     "make_nonleaf_spte",
     "make_small_spte",
     "make_spte",
+    "make_spte_executable",
+    "make_spte_nonexecutable",
     "mark_spte_for_access_track",
     "mmio_layout",
     "restore_acc_track_spte",
     "spte_ad_enabled",
     "spte_ad_need_write_protect",
+    "spte_has_volatile_bits",
     "spte_kind",
     "spte_needs_atomic_update",
     "spte_to_pfn",
@@ -113,7 +120,7 @@ SPTE_TDP_AD_DISABLED = 1 << 52
 SPTE_TDP_AD_WRPROT_ONLY = 2 << 52
 
 SPTE_BASE_ADDR_MASK = (1 << 52) - (1 << 12)
-"""Bits 51:12, the address.  With SME the kernel's mask is narrower, by what encryption takes."""
+"""Bits 51:12, the address.  With SME the kernel's mask lacks the bit of encryption (physical_mask)."""
 
 MMIO_SPTE_GEN_MASK = (1 << 19) - 1
 """How much of the memslots' generation an MMIO SPTE has."""
@@ -126,7 +133,8 @@ WRITABLE_STATES = {
 }
 """(host-writable, MMU-writable, writable) of a leaf -> what it says.  No other three are legal."""
 
-_W, _PSE = 1 << 1, 1 << 7
+_P, _W, _PSE = 1 << 0, 1 << 1, 1 << 7
+_GENERATION_UPDATE = 1 << 63  # KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 _SAVED, _SAVED_SHIFT = 1 << 0 | 1 << 2, 54  # SHADOW_ACC_TRACK_SAVED_BITS_MASK, _SHIFT
 _GEN_LOW_BITS, _GEN_LOW, _GEN_HIGH = 8, 3, 52
 _L1TF_LEN = 5
@@ -212,6 +220,22 @@ def is_accessed_spte(masks: ShadowMasks, spte: int) -> bool:
     return bool(spte & mask) if mask else not is_access_track_spte(masks, spte)
 
 
+def is_dirty_spte(masks: ShadowMasks, spte: int) -> bool:
+    """Whether the page counts as written: D, or without A/D bits whether it is writable.  To 6.12, gone with 6.13."""
+    mask = masks.dirty_mask if spte_ad_enabled(spte) else 0
+    return bool(spte & mask) if mask else is_writable_pte(spte)
+
+
+def is_access_allowed(masks: ShadowMasks, spte: int, *, write: bool = False, execute: bool = False) -> bool:
+    """Whether this present leaf lets such an access through, so that a fault for it was spurious.
+
+    `execute` goes first, as in the kernel; else `write`; else bit 0, P or R.
+    """
+    if execute:
+        return is_executable_pte(masks, spte)
+    return is_writable_pte(spte) if write else bool(spte & _P)
+
+
 def is_ept_ve_possible(masks: ShadowMasks, spte: int) -> bool:
     """Whether the SPTE could give the guest a #VE, which none of KVM's should: suppress #VE is clear."""
     return bool(masks.present_mask & _SUPPRESS_VE) and not spte & _SUPPRESS_VE and spte & 7 != 6
@@ -220,14 +244,21 @@ def is_ept_ve_possible(masks: ShadowMasks, spte: int) -> bool:
 def spte_needs_atomic_update(masks: ShadowMasks, spte: int) -> bool:
     """Whether a bit of this present leaf may change under KVM's hands, so that it must be exchanged atomically.
 
-    That is: it can be made writable without mmu_lock, or has no A/D bits, or the processor may still set D.  The rules
-    are those of 6.18; older kernels have spte_has_volatile_bits, which also looks at A.
+    That is: it can be made writable without mmu_lock, or has no A/D bits, or the processor may still set D.  To 6.14
+    the kernel has `spte_has_volatile_bits` instead.
     """
+    if not is_writable_pte(spte):
+        return is_mmu_writable_spte(masks, spte) or not spte_ad_enabled(spte)
+    return not spte_ad_enabled(spte) or not spte & masks.dirty_mask
+
+
+def spte_has_volatile_bits(masks: ShadowMasks, spte: int) -> bool:
+    """The same question as kernels to 6.14 ask it: A counts too, and without A/D bits only access tracking."""
     if not is_writable_pte(spte) and is_mmu_writable_spte(masks, spte):
         return True
     if not spte_ad_enabled(spte):
-        return True
-    return is_writable_pte(spte) and not spte & masks.dirty_mask
+        return is_access_track_spte(masks, spte)
+    return not spte & masks.accessed_mask or (is_writable_pte(spte) and not spte & masks.dirty_mask)
 
 
 def leaf_spte_change_needs_tlb_flush(masks: ShadowMasks, old_spte: int, new_spte: int) -> bool:
@@ -235,9 +266,9 @@ def leaf_spte_change_needs_tlb_flush(masks: ShadowMasks, old_spte: int, new_spte
     return is_mmu_writable_spte(masks, old_spte) and not is_mmu_writable_spte(masks, new_spte)
 
 
-def spte_to_pfn(spte: int) -> int:
-    """The frame, of 4 KiB, that bits 51:12 name."""
-    return (spte & SPTE_BASE_ADDR_MASK) >> 12
+def spte_to_pfn(spte: int, masks: ShadowMasks | None = None) -> int:
+    """The frame, of 4 KiB, that bits 51:12 name; with `masks` that have SME's bit, but for it, as in the kernel."""
+    return (spte & SPTE_BASE_ADDR_MASK & ~(0 if masks is None else masks.me_value)) >> 12
 
 
 def spte_kind(masks: ShadowMasks, spte: int, level: int) -> str:
@@ -275,12 +306,13 @@ def check_spte_writable_invariants(masks: ShadowMasks, spte: int) -> tuple[str, 
 # -- constructors -------------------------------------------------------------------------------------------------
 
 
-def vmx_get_mt_mask(is_mmio: bool, *, ignore_guest_pat: bool = False) -> int:
-    """The memory type and IPAT that kvm_intel puts into a leaf of EPT (the same from 6.11).
+def vmx_get_mt_mask(is_mmio: bool, *, ignore_guest_pat: bool = True) -> int:
+    """The memory type and IPAT that kvm_intel puts into a leaf of EPT (from 6.11).
 
     Host MMIO is uncacheable (0 in bits 5:3); memory is write-back (6), with IPAT (bit 6) where the guest's PAT is to be
-    ignored: a VM without devices that bypass the caches, on a processor that does not snoop itself, or by the quirk
-    KVM_X86_QUIRK_IGNORE_GUEST_PAT.  Source: vmx/vmx.c vmx_get_mt_mask @v6.18.
+    ignored.  It is, but in a VM with a device that bypasses the caches (non-coherent DMA), and, in 6.18, in one whose
+    VMM has disabled KVM_X86_QUIRK_IGNORE_GUEST_PAT.  To 6.10 a VM with such a device has types by the guest's MTRRs.
+    Source: vmx/vmx.c vmx_get_mt_mask, vmx_ignore_guest_pat @v6.18.
     """
     if is_mmio:
         return 0
@@ -317,6 +349,9 @@ def make_spte(
     have one.  `cpu_dirty_log`: the processor logs dirty pages (PML), which it cannot do for a nested guest's addresses.
 
     A slot under dirty logging has the page marked in its log where the result is writable; that changes no bit.
+
+    Before 6.13 any writable old SPTE, also one of a table, saves the page from `cannot_unsync`; updates of those
+    kernels (6.11.11 has it) brought the rule of 6.13, a writable leaf, which is not modelled for them.
 
     ArgumentError: a number out of range; a `gfn` or `pfn` not aligned to the level.
 
@@ -431,13 +466,29 @@ def make_mmio_spte(masks: ShadowMasks, generation: int, gfn: int, access: int) -
     """
     call = "make_mmio_spte"
     if not masks.enable_mmio_caching:
-        raise ArgumentError(call, "masks", masks.mmio_value, "masks with enable_mmio_caching", "MMIO caching is off")
+        raise ArgumentError(
+            call, "masks.enable_mmio_caching", False, "True", "MMIO caching is off: KVM makes no such SPTE"
+        )
     generation, gfn = number(call, "generation", generation), number(call, "gfn", gfn, _LAST_GFN)
     access = number(call, "access", access, ACC_ALL) & masks.mmio_access_mask
     gpa = gfn << 12
     rsvd = masks.nonpresent_or_rsvd_mask
     spte = generation_mmio_spte_mask(generation & MMIO_SPTE_GEN_MASK) | masks.mmio_value | access
     return spte | gpa | rsvd | (gpa & rsvd) << _L1TF_LEN
+
+
+def check_mmio_spte(spte: int, generation: int) -> bool:
+    """Whether an MMIO SPTE still holds: it is of this generation of the memslots, and they are not just being changed.
+
+    `generation` is the memslots' of 64 bits, with bit 63 for "being changed"; 19 bits count.  ArgumentError: more bits.
+
+    >>> check_mmio_spte(generation_mmio_spte_mask(5), 5), check_mmio_spte(generation_mmio_spte_mask(5), 1 << 63 | 5)
+    (True, False)
+    """
+    generation = number("check_mmio_spte", "generation", generation)
+    if generation & _GENERATION_UPDATE:
+        return False
+    return get_mmio_spte_generation(spte) == generation & MMIO_SPTE_GEN_MASK
 
 
 def get_mmio_spte_gfn(masks: ShadowMasks, spte: int) -> int:
@@ -482,8 +533,18 @@ def _modify_protections(masks: ShadowMasks, spte: int, set_bits: int, clear: int
     return mark_spte_for_access_track(masks, spte) if tracked else spte
 
 
+def make_spte_executable(masks: ShadowMasks, spte: int) -> int:
+    """The present leaf with execution let through; one that is access-tracked stays so, and keeps it."""
+    return _modify_protections(masks, spte, masks.x_mask, masks.nx_mask)
+
+
+def make_spte_nonexecutable(masks: ShadowMasks, spte: int) -> int:
+    """The present leaf without execution; one that is access-tracked stays so."""
+    return _modify_protections(masks, spte, masks.nx_mask, masks.x_mask)
+
+
 def make_small_spte(masks: ShadowMasks, huge_spte: int, role: _Role, index: int, *, nx_huge_page: bool = False) -> int:
-    """One of the 512 SPTEs a large page is split into.
+    """One of the 512 SPTEs a large page is split into (to 6.12: make_huge_page_split_spte).
 
     `role` is that of the new page below, of level 1 or 2; `index` is the entry in it, 0 to 511.  With the mitigation of
     large pages on (`nx_huge_page`), a page of 4 KiB whose role has ACC_EXEC_MASK becomes executable.
@@ -500,7 +561,7 @@ def make_small_spte(masks: ShadowMasks, huge_spte: int, role: _Role, index: int,
     if level == 1:
         spte &= ~_PSE
         if role.access & ACC_EXEC_MASK and nx_huge_page:
-            spte = _modify_protections(masks, spte, masks.x_mask, masks.nx_mask)
+            spte = make_spte_executable(masks, spte)
     return spte
 
 
@@ -517,7 +578,7 @@ def make_huge_spte(masks: ShadowMasks, small_spte: int, level: int, *, nx_huge_p
         raise ArgumentError(call, "small_spte", small_spte, "bit 11 set", "only a present page can become a large one")
     inside = (1 << 9 * (level - 1) + 12) - (1 << 12)
     spte = (small_spte | _PSE) & ~inside
-    return _modify_protections(masks, spte, masks.nx_mask, masks.x_mask) if nx_huge_page else spte
+    return make_spte_nonexecutable(masks, spte) if nx_huge_page else spte
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------
@@ -761,7 +822,7 @@ def _with_me(found: Decoded, masks: ShadowMasks) -> Decoded:
         meaning = f"{plain:#x} {part.meaning.partition(' ')[2]}"
         parts.append(Part("address", part.high, part.low, plain >> part.low, meaning, part.scale))
         runs = _runs("encryption", me, "the page is encrypted" if masks.me_value else "key of the page")
-        parts += [Part(f.name, f.high, f.low, f.of(found.value), f.meaning(f.of(found.value))) for f in runs]
+        parts += [Part(f.name, f.high, f.low, f.of(found.value), f.meaning(f.of(found.value)), f.scale) for f in runs]
     return Decoded(found.title, found.width, found.value, tuple(parts), found.problems)
 
 

@@ -12,8 +12,9 @@ A walk visits every entry that covers frames [start, end), an entry before what 
 A walker that holds mmu_lock too long lets go of it and says so to the iterator (`yielded`); the next step begins at the
 root again, since the tables it stood in may be gone.  It does not yield twice for one goal, or it would never end.
 
-By version: `gfn_bits` came with 6.14 (mirrored tables); since 6.15 the walker first asks whether it should yield, then
-whether it has gone on since; before, the other way round, with the same answer.
+By version: `gfn_bits` came with 6.14 (TDX: what the index of a shared frame has besides the frame); since 6.13 the
+walker first asks whether it should yield, then whether it has gone on since; before, the other way round, with the same
+answer.
 
 Source: linux:arch/x86/kvm/mmu/tdp_iter.{h,c}, arch/x86/kvm/mmu/tdp_mmu.c (tdp_mmu_iter_need_resched,
 tdp_mmu_iter_cond_resched) @v6.18.
@@ -89,12 +90,19 @@ class TdpIter:
         return self.pt_path[self.level - 1], self._index
 
     def start(self, min_level: int = PG_LEVEL_4K, gfn: int = 0) -> None:
-        """Begin at the root, towards a frame (tdp_iter_start)."""
+        """Begin at the root, towards a frame (tdp_iter_start).
+
+        ArgumentError: `min_level` above the root, a frame beyond it, or one that reaches `gfn_bits`, for which the
+        kernel warns and ends the walk.
+        """
         self.min_level = number("TdpIter.start", "min_level", min_level, self.root_level, PG_LEVEL_4K)
         gfn = number("TdpIter.start", "gfn", gfn)
         if gfn >> _LEVEL_BITS * self.root_level:
             accepted = f"below {1 << _LEVEL_BITS * self.root_level:#x}"
             raise ArgumentError("TdpIter.start", "gfn", gfn, accepted, f"the root has {self.root_level} levels")
+        if self.gfn_bits and gfn >= self.gfn_bits:
+            accepted = f"below gfn_bits, {self.gfn_bits:#x}"
+            raise ArgumentError("TdpIter.start", "gfn", gfn, accepted, "a frame has none of those bits itself")
         self.next_last_level_gfn = gfn
         self.restart()
 

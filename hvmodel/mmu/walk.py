@@ -65,6 +65,7 @@ _LME, _LMA, _NXE = 1 << 8, 1 << 10, 1 << 11
 _AC = 1 << 18
 _NX = 1 << 63
 _ADDRESS = (1 << 52) - 4096
+_LEVELS = {"paging64": (3, 4, 5), "paging32": (2,), "ept": (4, 5), "nonpaging": (0,)}
 _GVA_IS_VALID, _GVA_TRANSLATED = 1 << 7, 1 << 8
 
 
@@ -203,6 +204,8 @@ class GuestMmu(Value):
         if lma and cr3 & ((1 << 61) - (1 << maxphyaddr)):
             raise ArgumentError(call, "cr3", cr3, f"an address below 2**{maxphyaddr}", "maxphyaddr")
         if pdptrs is not None:
+            if not isinstance(pdptrs, (tuple, list)):
+                raise ArgumentTypeError(call, "pdptrs", pdptrs, "the four entries of PAE paging, or None")
             if level != 3 or len(pdptrs) != 4:
                 raise ArgumentError(call, "pdptrs", pdptrs, "the four entries of PAE paging, or None")
             pdptrs = (*(number(call, "pdptrs", entry) for entry in pdptrs),)  # type: ignore[assignment]
@@ -494,7 +497,7 @@ def walk_addr(mmu: GuestMmu, read: Callable[[int, int], int | None], addr: int, 
         if not level == 3 == mmu.level:
             rights &= mmu.gpte_access(entry)
         # The processor's PDPTEs were looked at when CR3 was loaded.
-        if mmu.rsvd.is_rsvd_bits_set(entry, level) and (level < mmu.level or mmu.pdptrs is None):
+        if mmu.rsvd._is_set(entry, level) and (level < mmu.level or mmu.pdptrs is None):
             code = PFERR_RSVD_MASK | PFERR_PRESENT_MASK
             break
         if mmu.is_last(entry, level):
@@ -612,6 +615,8 @@ class Walker:
         """A walker by a GuestMmu."""
         if not isinstance(mmu, GuestMmu):
             raise ArgumentTypeError("Walker.of", "mmu", mmu, "a GuestMmu")
+        if mmu.level not in _LEVELS.get(mmu.kind, ()):
+            raise ArgumentError("Walker.of", "mmu", (mmu.kind, mmu.level), f"kind and levels: {_LEVELS}")
         walker = cls.__new__(cls)
         walker._begin("Walker.of", memory, mmu)
         return walker
@@ -622,7 +627,9 @@ class Walker:
         `access`: PFERR bits: 0 is a read by the supervisor; W 2, U 4 (by CPL 3), F 0x10 (a fetch), and
         PFERR_IMPLICIT_ACCESS, by the processor itself.
         `update`: set A and D in memory, where that may be written; the Walk then shows what was there before, and what
-        its `updates` are.  By default nothing is written.
+        its `updates` are.  An entry that has changed since it was read makes the walk begin anew, as in KVM; the Walk
+        is the last one.  Not atomic: stop who else writes the tables (a running vCPU) first.  By default nothing is
+        written.
 
         Address bits that no level looks at are ignored, as KVM's walker ignores them.  ArgumentError: an address or
         access out of range.  ArgumentTypeError.
@@ -733,8 +740,14 @@ class NestedWalker:
     def walk(self, gva: int, access: int = 0, update: bool = False) -> NestedWalk:
         """Walk `gva`; arguments and errors as of `Walker.walk`."""
         call = "NestedWalker.walk"
-        number(call, "gva", gva, (1 << self.guest.linear_bits) - 1)
-        check_access(call, access)
+        gva = number(call, "gva", gva, (1 << self.guest.linear_bits) - 1)
+        access = check_access(call, access)
+        found = self._walk(gva, access, update)
+        while found is None:  # an entry has changed on the way
+            found = self._walk(gva, access, update)
+        return found
+
+    def _walk(self, gva: int, access: int, update: bool) -> NestedWalk | None:
         entries: list[Entry] = []
         updates: list[Update] = []
         places: list[int] = []  # where the guest's entries really are
@@ -775,7 +788,8 @@ class NestedWalker:
         updates.extend(walk.updates)
         if update:
             for own, real in zip(walk.updates, self._places(walk, places), strict=True):
-                self.nested.memory.store(real, own.new, own.size)
+                if not self.nested.memory.exchange(real, own.old, own.new, own.size):
+                    return None
         return done(gpa, walk.gpa, None)
 
     def _places(self, walk: Walk, places: list[int]) -> list[int]:

@@ -22,7 +22,7 @@ from ..mmu import fault, levels
 from ..mmu.bits import BitLayout
 from ..mmu.notifier import MmuInvalidate, Slot
 from ..mmu.nx_recovery import COMM, KVM_NR_MMU_TYPES, KVM_SHADOW_MMU, KVM_TDP_MMU, NxParameters
-from ..mmu.page_hash import PageHash, kvm_page_table_hashfn
+from ..mmu.page_hash import KVM_NUM_MMU_PAGES, PageHash, kvm_page_table_hashfn
 from ..mmu.role import CPU_ROLE, EXTENDED_ROLE, PAGE_ROLE, PageRole, decode_role
 from ..mmu.tdp_iter import TdpIter
 from ..value import Value
@@ -31,7 +31,7 @@ from .result import Lacking
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from .btf import Btf
     from .lab import Access, MmuLab
@@ -60,9 +60,16 @@ _FIELDS: dict[str, dict[str, str]] = {
         "parent_ptes": "struct kvm_rmap_head",
     },
     "kvm_mmu_root_info": {"pgd": "gpa_t", "hpa": "hpa_t"},
-    "kvm_arch": {"mmu_page_hash": "struct hlist_head *", "shadow_mmio_value": "u64"},
+    "kvm_arch": {"shadow_mmio_value": "u64"},
 }
-_MIRROR = "is_mirror"  # since Linux 6.14
+# The kernel that the models are of.  An older one may lack what it has: then that is lacking, and no mismatch.
+_MODELLED = (6, 18)
+
+
+def _btf() -> Btf:
+    from .btf import Btf
+
+    return Btf.for_module("kvm")
 
 
 def _unions(btf: Btf) -> Iterator[tuple[str, object, object]]:
@@ -90,8 +97,6 @@ def _bit_fields(
 ) -> Iterator[tuple[str, object, object]]:
     ours = {field.name: (field.low, field.width) for field in layout.members}
     for path in sorted({*ours, *theirs}):
-        if path == _MIRROR and path not in theirs:
-            continue
         yield f"{name}.{path} (first bit, bits)", ours.get(path), theirs.get(path)
 
 
@@ -108,8 +113,8 @@ def _structs(btf: Btf) -> Iterator[tuple[str, object, object]]:
     iterator = TdpIter(0, 4, lambda *_: 0, lambda *_: None)
     theirs = set(btf.struct("tdp_iter").fields)
     ours = {*_names(iterator), "sptep"}
-    if "gfn_bits" not in theirs:
-        ours.discard("gfn_bits")  # since Linux 6.14
+    if "gfn_bits" not in theirs and _kernel() < (6, 14):
+        ours.discard("gfn_bits")
     yield "fields of struct tdp_iter", sorted(ours), sorted(theirs)
     path = btf.struct("tdp_iter").fields["pt_path"]
     yield "tables in tdp_iter.pt_path", len(iterator.pt_path), path.size // 8
@@ -121,10 +126,13 @@ def _structs(btf: Btf) -> Iterator[tuple[str, object, object]]:
     for struct, fields in _FIELDS.items():
         there = btf.struct(struct).fields
         for field, kind in fields.items():
-            if field == "mmu_page_hash" and _kernel() < (6, 16):
-                continue  # an array before
             yield f"type of {struct}.{field}", kind, there[field].type if field in there else None
-    lists = btf.struct("kvm_arch").fields.get("possible_nx_huge_pages")
+    arch = btf.struct("kvm_arch").fields
+    # Until Linux 6.16 an array; its pointer tells nothing of how many buckets there are.
+    buckets = arch["mmu_page_hash"].type
+    of = f"[{KVM_NUM_MMU_PAGES}]" if "[" in buckets else " *"
+    yield "type of kvm_arch.mmu_page_hash", f"struct hlist_head{of}", buckets
+    lists = arch.get("possible_nx_huge_pages")
     if lists is not None and "[" in lists.type:  # since Linux 6.18: one for each type of MMU
         size = btf.struct("kvm_possible_nx_huge_pages").size
         yield "lists in kvm_arch.possible_nx_huge_pages", KVM_NR_MMU_TYPES, lists.size // size
@@ -133,6 +141,9 @@ def _structs(btf: Btf) -> Iterator[tuple[str, object, object]]:
 def _enums(btf: Btf) -> Iterator[tuple[str, object, object]]:
     theirs = btf.enumerators()
     ours = {name: value for name, value in vars(levels).items() if name.startswith("PG_LEVEL_")}
+    if "PG_LEVEL_256T" not in theirs:  # 6.8 has not, 6.12 has
+        del ours["PG_LEVEL_256T"]
+        ours["PG_LEVEL_NUM"] -= 1
     ours |= fault.ret_pf_codes(os.uname().release)
     ours |= {name: value for name, value in vars(fault).items() if name.startswith("RET_PF_")}
     if "KVM_NR_MMU_TYPES" in theirs:  # since Linux 6.18
@@ -174,13 +185,14 @@ def check_mmu_types(tally: Tally, _cases: int) -> None:
     """Every union, struct and enum that hvmodel.mmu mirrors, field by field and both ways; what the formats of KVM's
     events say of error codes, rights and answers to a fault.
     """
-    from .btf import Btf
-
-    btf = Btf.for_module("kvm")
-    if "kvm_mmu_page_role" not in btf:
-        raise Lacking(f"{btf.source} has no union kvm_mmu_page_role: KVM is not loaded, and not built in")
+    btf = _btf()
+    if "kvm_cpu_role" not in btf:
+        raise Lacking(f"{btf.source} has no union kvm_cpu_role: no KVM, or one of before Linux 5.19")
     for what, ours, theirs in (*_unions(btf), *_structs(btf), *_enums(btf)):
-        tally.compare(what, ours, theirs)
+        if theirs is None and _kernel() < _MODELLED:
+            tally.lack(f"{what}: this kernel has none")
+        else:
+            tally.compare(what, ours, theirs)
     try:
         said = list(_formats())
     except HostError as error:
@@ -188,6 +200,13 @@ def check_mmu_types(tally: Tally, _cases: int) -> None:
         return
     for what, ours, theirs in said:
         tally.compare(what, ours, theirs)
+    for event, begins in (
+        ("kvm_mmu_walker_error", "bit of"),
+        ("kvm_mmu_get_page", "rights"),
+        ("fast_page_fault", "RET_"),
+    ):
+        if not any(what.startswith(begins) for what, _, _ in said):
+            tally.lack(f"the format of {event} is not of the form known here")
 
 
 # ------------------------------------------------------------------------------------------------- the hash
@@ -332,7 +351,7 @@ def check_notifier(tally: Tally, cases: int) -> None:
 
 # ------------------------------------------------------------------------------------------------- what faults count
 
-_STATS = ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_guest")
+_STATS = ("pf_taken", "pf_fast", "pf_fixed", "pf_emulate", "pf_spurious", "pf_guest")
 _LEAF = 0x27  # P, W, U, A
 _READONLY_GPA, _NO_SLOT = 2 << 30, 4 << 30
 _STEP = 8 * _PAGE  # KVM prefetches within 8 entries: one page of each 8 is used
@@ -341,39 +360,42 @@ _NR_TABLES = 8
 
 
 class _Kind(Value):
-    # An access that faults as said: `before`, the accesses that come first; what the slow path answers; whether the
-    # guest gets a #PF.  `leaf`: the entry of its page, `gpa`: where that is, 0 for a fresh page of the lab's memory.
+    # An access, and the fault that it makes: `fault`, what the steps of kvm_mmu_page_fault answer, None for no fault.
+    # `before`, the accesses that come first.  `leaf`: the entry of its page, `gpa`: where that is, 0 for a fresh page
+    # of the lab's memory.
     name: str
     kind: str
-    answers: tuple[int, ...]
-    guest: int = 0
+    fault: Mapping[str, int] | None
     before: tuple[str, ...] = ()
     leaf: int = _LEAF
     gpa: int = 0
 
 
+_FIXED: dict[str, int] = {}
+_REFUSED = {"walks": 0}
+_MMIO = {"faultin": fault.RET_PF_EMULATE}
 _KINDS = (
-    _Kind("a first load", "load", (fault.RET_PF_FIXED,)),
-    _Kind("a load again", "load", (), before=("load",)),
-    _Kind("a first store", "store", (fault.RET_PF_FIXED,)),
-    _Kind("a store again", "store", (), before=("store",)),
-    _Kind("a load behind a store", "load", (), before=("store",)),
-    _Kind("a store to what was clean", "store", (fault.RET_PF_FIXED,), before=("load",)),
-    _Kind("a fetch", "fetch", (fault.RET_PF_FIXED,)),
-    _Kind("no entry", "load", (fault.RET_PF_RETRY,), 1, leaf=0),
-    _Kind("a store to what is read-only", "store", (fault.RET_PF_RETRY,), 1, leaf=0x25),
-    _Kind("a store to what is read-only and was read", "store", (fault.RET_PF_RETRY,), 1, ("load",), leaf=0x25),
-    _Kind("a page of the supervisor", "load", (fault.RET_PF_RETRY,), 1, leaf=0x23),
-    _Kind("a fetch without the right", "fetch", (fault.RET_PF_RETRY,), 1, leaf=1 << 63 | _LEAF),
-    _Kind("a reserved bit", "load", (fault.RET_PF_RETRY,), 1, leaf=1 << 51 | _LEAF),
-    _Kind("a load from no memory", "load", (fault.RET_PF_EMULATE,), gpa=_NO_SLOT),
-    _Kind("a store to no memory", "store", (fault.RET_PF_EMULATE,), gpa=_NO_SLOT),
-    _Kind("a load from a read-only slot", "load", (fault.RET_PF_FIXED,), gpa=_READONLY_GPA),
-    _Kind("a store to a read-only slot", "store", (fault.RET_PF_EMULATE,), before=("load",), gpa=_READONLY_GPA),
+    _Kind("a first load", "load", _FIXED),
+    _Kind("a load again", "load", None, ("load",)),
+    _Kind("a first store", "store", _FIXED),
+    _Kind("a store again", "store", None, ("store",)),
+    _Kind("a load behind a store", "load", None, ("store",)),
+    _Kind("a store to what was clean", "store", _FIXED, ("load",)),
+    _Kind("a fetch", "fetch", _FIXED),
+    _Kind("no entry", "load", _REFUSED, leaf=0),
+    _Kind("a store to what is read-only", "store", _REFUSED, leaf=0x25),
+    _Kind("a store to what is read-only and was read", "store", _REFUSED, ("load",), leaf=0x25),
+    _Kind("a page of the supervisor", "load", _REFUSED, leaf=0x23),
+    _Kind("a fetch without the right", "fetch", _REFUSED, leaf=1 << 63 | _LEAF),
+    _Kind("a reserved bit", "load", _REFUSED, leaf=1 << 51 | _LEAF),
+    _Kind("a load from no memory", "load", _MMIO, gpa=_NO_SLOT),
+    _Kind("a store to no memory", "store", _MMIO, gpa=_NO_SLOT),
+    _Kind("a load from a read-only slot", "load", _FIXED, gpa=_READONLY_GPA),
+    _Kind("a store to a read-only slot", "store", _MMIO, ("load",), gpa=_READONLY_GPA),
 )
 
 
-@check("fault_stats", "pf_* of KVM_GET_STATS_FD", cases=1_000, slow=20_000)
+@check("kvm_mmu_page_fault", "pf_* of KVM_GET_STATS_FD", cases=1_000, slow=20_000)
 def check_fault_stats(tally: Tally, cases: int) -> None:
     """What loads, stores and fetches of CPL 3 add to the vCPU's statistics of faults: of pages that are new, known,
     clean, read-only, not there, not allowed; of memory that is in no slot or a read-only one; of page tables.
@@ -397,17 +419,16 @@ def check_fault_stats(tally: Tally, cases: int) -> None:
             gva = _FIRST + (1 << 30) + at * _STEP
             lab.map(gva, (kind.gpa or gpa) + at * _STEP % (16 << 20), kind.leaf)
             lab.run([Access(gva, before) for before in kind.before])
-            _one_stat(tally, lab, stats, kind.name, Access(gva, kind.kind), kind.answers, kind.guest)
+            _one_stat(tally, lab, stats, kind.name, Access(gva, kind.kind), kind.fault)
 
 
 def _one_stat(
-    tally: Tally, lab: MmuLab, stats: Stats, name: str, access: Access, answers: tuple[int, ...], guest: int = 0
+    tally: Tally, lab: MmuLab, stats: Stats, name: str, access: Access, steps: Mapping[str, int] | None
 ) -> None:
     # One access, and what it adds.
-    ours = dict.fromkeys(_STATS, 0) | {"pf_guest": guest}
-    for answer in answers:
-        for stat, count in fault.fault_stats(answer).items():
-            ours[stat] += count
+    ours = dict.fromkeys(_STATS, 0)
+    if steps is not None:
+        ours |= dict.fromkeys(fault.kvm_mmu_page_fault(**steps).stats, 1)  # type: ignore[arg-type]  # 0 is False
     then = stats.read()
     lab.run([access])
     now = stats.read()
@@ -424,13 +445,13 @@ def _table_stats(tally: Tally, lab: MmuLab, stats: Stats, number: int, gpa: int)
     directory = lab.read_entry(lab.read_entry(lab.root + 8 * (gva >> 39)) & -_PAGE | 8 * (gva >> 30 & 511)) & -_PAGE
     lab.run([Access(gva)])
     at = gva + (2 << 20)
-    for window, (name, target, answer) in enumerate(
-        (("level 1", table, fault.RET_PF_FIXED), ("level 2", directory, fault.RET_PF_WRITE_PROTECTED))
+    for window, (name, target, steps) in enumerate(
+        (("level 1", table, _FIXED), ("level 2", directory, {"mapped": fault.RET_PF_WRITE_PROTECTED}))
     ):
         here = at + window * _STEP
         lab.map(here, target, _LEAF)
         store = Access(here + 8 * 511, "store", value=0)
-        _one_stat(tally, lab, stats, f"a store to a table of {name}", store, (answer,))
+        _one_stat(tally, lab, stats, f"a store to a table of {name}", store, steps)
 
 
 # ------------------------------------------------------------------------------------------------- NX recovery
@@ -473,12 +494,12 @@ def check_nx_recovery(tally: Tally, _cases: int) -> None:
     if not all(shown.values()):
         raise Lacking(f"no parameters of NX huge pages in {_PARAMETERS}")
     if _kernel() < (6, 13):
-        raise Lacking("before Linux 6.13 the worker is a kernel thread: /proc/self/task does not have it")
+        raise Lacking("before Linux 6.13 the worker is a kernel thread (but in some 6.12): not in /proc/self/task")
     model = NxParameters(ratio=int(shown[_RECOVERY[0]]), period_ms=int(shown[_RECOVERY[1]]))
-    tally.compare("nx_huge_pages is a word that it shows", True, shown["nx_huge_pages"] in ("Y", "N", "never"))
     model.set_nx_huge_pages(shown["nx_huge_pages"])
     already = _workers()
     with Mapping(None, _PAGE) as page, Kvm() as kvm:
+        tally.compare("nx_huge_pages", model.get_nx_huge_pages(), shown["nx_huge_pages"])
         page.write(0, b"\xf4")
         for number in range(1, _NR_VMS + 1):
             with kvm.create_vm() as vm, vm.create_vcpu() as vcpu:

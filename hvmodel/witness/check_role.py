@@ -3,7 +3,8 @@
 A vCPU is given CR0, CR4 and EFER and runs one instruction, `out`, for which KVM needs a root: each root, and each table
 below it, is an event kvm_mmu_get_page with the frame of the guest's table and the role.  `role` compares the roots for
 all combinations that this host takes; `role_children` the tables below them, for every sum of rights on three levels,
-which code of CPL 3 reads through.  Where KVM has EPT or NPT the roots are the same for all registers.
+which code of CPL 3 reads through.  Where KVM has EPT or NPT one root serves all registers, so what is compared there is
+each table that KVM makes, a few in all.
 
 No event has the extended role of a CPU role, nor a role in SMM or of a nested guest, on this host: they are not seen.
 
@@ -11,6 +12,7 @@ No event has the extended role of a CPU role, nor a role in SMM or of a nested g
         0x01000  the code of CPL 3
         0x02000  its list: the addresses to be read
         0x05000  tables, twice: the low 2 MiB to themselves, for the supervisor
+        0x0b000  the same for PAE paging: PDPTEs, which have no W and A, and lead to the directories of those
         0x10000  tables of `_Paths`
         2 MiB    what the large pages of those map
 """
@@ -22,6 +24,7 @@ from itertools import product
 
 from .._ffi import ffi, lib
 from ..kvm import IoOut
+from ..mmu.levels import gfn_round_for_level
 from ..mmu.role import (
     CpuRole,
     PageRole,
@@ -65,6 +68,7 @@ _NAMES = ("CR0", "CR4", "EFER")
 
 _KERNEL_CODE, _USER_CODE, _LIST = 0x0000, 0x1000, 0x2000
 _ROOTS = (0x5000, 0x8000)
+_PAE_ROOTS = (0xB000, 0xC000)
 _PATHS = 0x10000
 _LARGE = 2 << 20
 _RAM = 4 << 20
@@ -133,10 +137,10 @@ class _Guest:
         self._templates = {(cpl, is_long): self._template(cpl, is_long) for cpl in (0, 3) for is_long in (False, True)}
         self._regs = ffi.new("struct kvm_regs *", {"rip": _KERNEL_CODE, "rflags": _RFLAGS})
         self.ram.write(_KERNEL_CODE, _OUT)
-        for start in _ROOTS:
+        for start, pae in zip(_ROOTS, _PAE_ROOTS, strict=True):
             upper = _P | _W | _A
             self.write({start: start + 0x1000 | upper, start + 0x1000: start + 0x2000 | upper})
-            self.write({start + 0x2000: upper | _D | _PS})
+            self.write({start + 0x2000: upper | _D | _PS, pae: start + 0x2000 | _P})
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +154,6 @@ class _Guest:
             self.ram.write(gpa, entry.to_bytes(8, "little"))
 
     def _template(self, cpl: int, is_long: bool) -> Any:
-
         sregs = ffi.new("struct kvm_sregs *")
         sregs[0] = self.vcpu.sregs[0]
         for name in ("cs", "ds", "es", "fs", "gs", "ss"):
@@ -168,7 +171,6 @@ class _Guest:
 
     def put(self, regs: Regs, cr3: int, cpl: int = 0) -> Regs | None:
         # KVM_SET_SREGS: what KVM keeps of CR0, CR4, EFER; None where it refuses.
-
         sregs, kept, fd = self._templates[cpl, bool(regs[2] & _LMA)], self._kept, self.vcpu.fd
         sregs.cr0, sregs.cr4, sregs.efer = regs
         sregs.cr3 = cr3
@@ -205,6 +207,23 @@ class _Guest:
         if lost or at != len(cases):
             return cases, f"{lost} events lost by the trace buffer, {len(cases) - at} cases without their exits"
         return cases, None
+
+
+def _tdp_differ(root: PageRole, pages: Iterable[Page]) -> list[str]:
+    # Those of the tables that cannot be in the tree of this root of EPT or NPT: a role and a frame for each level.
+    differ = []
+    roles = {root.level: root}
+    while min(roles) > 1:
+        roles[min(roles) - 1] = tdp_child_role(roles[min(roles)])
+    for gfn, word in pages:
+        ours = roles.get(word & 0xF)
+        if ours is None or ours.word != word:
+            differ.append(
+                f"{_words([(gfn, word)])}: the model has {_words([(gfn, role.word) for role in roles.values()])}"
+            )
+        elif gfn != (gfn_round_for_level(gfn, ours.level + 1) if ours != root else 0):
+            differ.append(f"{_words([(gfn, word)])}: no table of this level begins at that frame")
+    return differ
 
 
 def _tdp_role(vendor: str, cpuid: Any) -> PageRole | None:
@@ -280,7 +299,7 @@ class _Run:
     # The cases of one check_role: done, then compared by the chunk.
     def __init__(self, tally: Tally, guest: _Guest) -> None:
         self.tally, self.guest = tally, guest
-        self.nr = self.refused = self.dropped = 0
+        self.nr = 0
         self.paging: set[str] = set()
         self._waiting: list[tuple[Regs, Regs, int]] = []  # what was asked for, what KVM kept, CR3
         self._runs: list[int] = []
@@ -288,12 +307,11 @@ class _Run:
     def case(self, regs: Regs) -> bool:
         # Whether KVM takes these registers; runs the guest where it does.  CR3 alternates, so that roots are got anew.
         self.nr += 1
-        cr3 = _ROOTS[self.nr & 1]
+        is_pae = regs[0] & _PG and regs[1] & _PAE and not regs[2] & _LMA
+        cr3 = (_PAE_ROOTS if is_pae else _ROOTS)[self.nr & 1]
         kept = self.guest.put(regs, cr3)
         if kept is None:
-            self.refused += 1
             return False
-        self.dropped += kept != regs
         self._runs.append(self.guest.run(rip=_KERNEL_CODE))
         self._waiting.append((regs, kept, cr3))
         if len(self._runs) == _CHUNK:
@@ -302,25 +320,29 @@ class _Run:
 
     def compare(self) -> None:
         seen, wrong = self.guest.seen(self._runs)
-        differ = []
+        tdp_role = self.guest.tdp_role
+        differ: list[str] = []
+        compared = 0
         for (asked, kept, cr3), pages in zip(self._waiting, seen, strict=True):
             cpu_role = calc_cpu_role(*kept)
             self.paging.add(f"{cpu_role.base.level}-level" if cpu_role.base.level else "no")
+            if tdp_role is not None:
+                # The root stays; only what KVM makes anew is seen.
+                compared += len(pages)
+                differ += [f"{_say(kept)}: {text}" for text in _tdp_differ(tdp_role, pages)]
+                continue
+            compared += 1
             roots = self._roots(cpu_role, cr3)
-            if self.guest.tdp_role is not None and not pages:
-                continue  # the one root that there is was there
             # Where CPL 0 runs on the processor, tables below the roots follow.
             if tuple(pages[: max(len(roots), 1)]) != roots:
                 where = f"{_say(asked)}" + (f" (kept: {_say(kept)})" if kept != asked else "")
                 differ.append(f"{where}: {self.tally.model} says {_words(roots)}, the trace {_words(pages)}")
-        self.tally.count(len(seen), differ)
+        self.tally.count(compared, differ)
         if wrong:
             self.tally.break_off(wrong)
         self._runs, self._waiting = [], []
 
     def _roots(self, cpu_role: CpuRole, cr3: int) -> tuple[Page, ...]:
-        if self.guest.tdp_role is not None:
-            return ((0, self.guest.tdp_role.word),)
         pdptrs = [0, 0, 0, 0]
         if cpu_role.base.level == 3:
             pdptrs = [int.from_bytes(self.guest.ram.read(cr3 + 8 * at, 8), "little") for at in range(4)]
@@ -328,6 +350,9 @@ class _Run:
         return tuple([(gfn, role.word) for _, gfn, role in roots])
 
     def say_what_was_lacking(self) -> None:
+        if self.guest.tdp_role is not None:
+            self.tally.lack("roles by CR0, CR4 and EFER: EPT or NPT has one root for all of them; by hand only")
+            return
         unseen = [f"{name} paging" for name in ("2-level", "3-level", "4-level", "5-level") if name not in self.paging]
         if unseen:
             self.tally.lack(f"roles of {', '.join(unseen)}: this host takes no such registers; by hand only")
@@ -431,11 +456,7 @@ def _compare_children(tally: Tally, guest: _Guest, regs: Regs, here: _Paths) -> 
     runs = guest.run(rip=here.code.gva, rdi=here.list, rcx=len(here.paths))
     (seen,), wrong = guest.seen([runs])
     if guest.tdp_role is not None:
-        roles = {guest.tdp_role}
-        while min(roles, key=lambda role: role.level).level > 1:
-            roles.add(tdp_child_role(min(roles, key=lambda role: role.level)))
-        known = {role.word for role in roles}
-        tally.count(len(seen), [f"{_say(regs)}: {_words([page])}" for page in seen if page[1] not in known])
+        tally.count(len(seen), [f"{_say(regs)}: {text}" for text in _tdp_differ(guest.tdp_role, seen)])
     else:
         root = shadow_root_role(calc_cpu_role(*regs))
         # A table is got once for each entry that leads to it.

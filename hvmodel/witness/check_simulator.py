@@ -27,6 +27,7 @@ from .shadow_program import ABSENT, FAKE_PFN, SLOTS, GuestCopy, HostFrames, Prog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any, Self
 
     from ..mmu.masks import ShadowMasks
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ShadowLab", "check_simulator", "compare_program"]
 
+_EVENTS = (
+    "kvmmmu:kvm_mmu_get_page",
+    "kvmmmu:kvm_mmu_sync_page",
+    "kvmmmu:kvm_mmu_unsync_page",
+    "kvmmmu:kvm_mmu_prepare_zap_page",
+    "kvmmmu:kvm_mmu_set_spte",
+    "kvmmmu:kvm_mmu_spte_requested",
+    "kvm:kvm_userspace_exit",
+)
 _PER_LAB = 64  # programs in one VM
 _ADDRESS = (1 << 52) - PAGE_SIZE
 _STACKS = 64 * 1024  # of the driver's slot: KVM writes there when it delivers exceptions
@@ -52,12 +62,13 @@ def _parameter(name: str, default: str) -> str:
 class ShadowLab:
     """A lab, the simulator's copy of its memory, and programs in both.  Close it, best by `with`.
 
-    `masks`: those that KVM uses, by default as `host_masks` says.
+    `masks`: those that KVM uses, by default as `host_masks` says.  `events`: what is traced; by default what is
+    compared.
 
     Lacking, HostError: as MmuLab; `Lacking` where KVM does not shadow the guest's page tables.
     """
 
-    def __init__(self, masks: ShadowMasks | None = None) -> None:
+    def __init__(self, masks: ShadowMasks | None = None, events: Iterable[str] | None = None) -> None:
         from contextlib import ExitStack
 
         from ..host.pagemap import Category, PageMap
@@ -77,7 +88,7 @@ class ShadowLab:
         with ExitStack() as stack:
             #: The lab.
             self.lab = stack.enter_context(
-                MmuLab([LabSlot(gpa, size, flags, huge, there, there) for gpa, size, flags, huge, there in SLOTS])
+                MmuLab([LabSlot(*slot, slot[-1]) for slot in SLOTS], events=_EVENTS if events is None else events)
             )
             self._pagemap = stack.enter_context(PageMap())
             stack.pop_all()
@@ -103,7 +114,6 @@ class ShadowLab:
             "gbpages": bool(entries[0x80000001].edx >> 26 & 1),
             "amd": vendor in (b"AuthenticAMD", b"HygonGenuine"),
             "nx_huge_pages": _parameter("nx_huge_pages", "N") == "Y",
-            "flush_on_reuse": _parameter("flush_on_reuse", "N") == "Y",
             "eager_zap_unsync_children": _parameter("eager_zap_unsync_children", "Y") == "Y",
             "emulation_batch": self.emulation_batch,
         }

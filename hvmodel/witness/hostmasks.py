@@ -11,7 +11,10 @@ by which the vendor modules set the masks up from them (`masks_of`):
     other        neither EPT nor NPT: the masks of shadow paging
 
 Source: kernel arch/x86/kvm/vmx/vmx.c (vmx_hardware_setup, vmx_setup_me_spte_mask), svm/svm.c (svm_hardware_setup,
-svm_adjust_mmio_mask), arch/x86/kernel/cpu/bugs.c (override_cache_bits) @v6.18.
+svm_adjust_mmio_mask), arch/x86/kernel/cpu/bugs.c (override_cache_bits), cpu/amd.c (early_detect_mem_encrypt),
+cpu/common.c (get_cpu_address_sizes) @v6.18.
+
+Works without the extension and without /dev/kvm: what only they tell is then not shown.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ _CACHE_44 = frozenset({0x1E, 0x25, 0x2A, 0x3A, 0x3C, 0x45, 0x46, 0x3D, 0x47, 0x4
 _CACHE_BITS = 44
 
 _TDP = {"kvm_intel": "kvm_intel.ept", "kvm_amd": "kvm_amd.npt"}
+_MAKERS = {"AuthenticAMD": "kvm_amd", "HygonGenuine": "kvm_amd"}  # of processors; all others that KVM knows have VMX
 _CPUINFO_WIDTH = "address sizes (/proc/cpuinfo), which lack the bits of encryption"
 
 _SHADOW_FIELDS = (
@@ -63,7 +67,7 @@ class HostFacts(Value):
     modules kvm and vendor.  `maxphyaddr`: the width of physical addresses by CPUID; `x86_phys_bits`: by the kernel.
     `family`, `model`: the processor's.  `l1tf`: the kernel counts the processor among those with that bug.
     `ept_vpid_cap`: IA32_VMX_EPT_VPID_CAP, at least its bits 0 and 21.  `memory_encryption`: it is on in SYSCFG;
-    `encryption_bit`: the address bit for it by CPUID 0x8000001f; `sme`: the kernel itself uses it.
+    `encryption_bit`: the address bit for it by CPUID 0x8000001f; `sme`: the kernel itself uses it.  They are AMD's.
     `sources`: (fact, where it was found), one for each that is known.
     """
 
@@ -196,10 +200,10 @@ def _msr(index: int) -> int | None:
 
 
 def _kvm_msr(index: int) -> int | None:
-    # A feature MSR, as KVM tells it.
-    from ..kvm import Kvm
-
+    # A feature MSR, as KVM tells it.  Without the extension the import fails with BuildError, an HvError.
     try:
+        from ..kvm import Kvm
+
         with Kvm() as kvm:
             return kvm.get_feature_msrs([index]).get(index) if index in kvm.msr_feature_index_list() else None
     except HvError:
@@ -209,9 +213,10 @@ def _kvm_msr(index: int) -> int | None:
 def _kvm_width() -> int | None:
     # The width of physical addresses that KVM supports for guests: with EPT and NPT the processor's own.
     from ..arch.cpuid import max_phys_bits
-    from ..kvm import Kvm
 
     try:
+        from ..kvm import Kvm
+
         with Kvm() as kvm:
             rows = kvm.supported_cpuid()
     except HvError:
@@ -219,17 +224,30 @@ def _kvm_width() -> int | None:
     return max_phys_bits([(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in rows])
 
 
+def _modules() -> list[str]:
+    # The modules of KVM but the common one, loaded or built in.
+    try:
+        return sorted(name for name in os.listdir("/sys/module") if name.startswith("kvm_"))
+    except OSError:
+        return []
+
+
+def _vendor_module(info: dict[str, str]) -> str | None:
+    # The vendor module in use.  Where several are built into the kernel, the processor's maker tells.
+    names = _modules()
+    own = _MAKERS.get(info.get("vendor_id", ""), "kvm_intel")
+    return own if own in names else min(names, default=None)
+
+
 def host_facts() -> HostFacts:
-    """The facts of this host: /sys/module, /proc/cpuinfo, /dev/cpu/0/cpuid and msr, KVM's feature MSRs, the boot line.
+    """The facts of this host: /sys/module, /proc/cpuinfo, /dev/cpu/0/cpuid and msr, what KVM tells.
 
     What cannot be read is None.  Lacking: no vendor module is loaded.
     """
-    from ..kvm.system import vendor_module
-
-    vendor = vendor_module()
+    info = _cpuinfo()
+    vendor = _vendor_module(info)
     if vendor is None:
         raise Lacking("no vendor module of KVM is visible in /sys/module")
-    info = _cpuinfo()
     facts: dict[str, object] = {}
     sources: list[tuple[str, str]] = []
 
@@ -255,32 +273,36 @@ def host_facts() -> HostFacts:
     if vendor == "kvm_intel":
         _ept_facts(know, info)
     if vendor == "kvm_amd":
-        _encryption_facts(know)
+        _encryption_facts(know, info)
     return HostFacts(os.uname().release, vendor, parameters, **facts, sources=tuple(sources))  # type: ignore[arg-type]
 
 
 def _ept_facts(know: Callable[[str, object, str], None], info: dict[str, str]) -> None:
     know("ept_vpid_cap", _msr(_EPT_VPID_CAP), "IA32_VMX_EPT_VPID_CAP (/dev/cpu/0/msr)")
-    # What KVM tells is for nested guests: without "nested" nothing, A/D only where it uses them itself.
-    know("ept_vpid_cap", _kvm_msr(_EPT_VPID_CAP) or None, "IA32_VMX_EPT_VPID_CAP (KVM_GET_MSRS of /dev/kvm)")
     if "vmx flags" in info:
         flags = info["vmx flags"].split()
         cap = _CAP_EXEC_ONLY * ("ept_x_only" in flags) | _CAP_AD * ("ept_ad" in flags)
         know("ept_vpid_cap", cap, "vmx flags ept_x_only and ept_ad (/proc/cpuinfo)")
+    # What KVM tells is for nested guests: without "nested" nothing, A/D only where it uses them itself.
+    know("ept_vpid_cap", _kvm_msr(_EPT_VPID_CAP) or None, "IA32_VMX_EPT_VPID_CAP (KVM_GET_MSRS of /dev/kvm)")
 
 
-def _encryption_facts(know: Callable[[str, object, str], None]) -> None:
-    leaf = _cpuid(0x8000001F) if (_cpuid(0x80000000) or (0,))[0] >= 0x8000001F else None
-    if leaf is None:
+def _encryption_facts(know: Callable[[str, object, str], None], info: dict[str, str]) -> None:
+    last = _cpuid(0x80000000)
+    if last is not None and last[0] < 0x8000001F:
         know("memory_encryption", False, "CPUID has no leaf 0x8000001f (/dev/cpu/0/cpuid)")
+        know("sme", False, "CPUID has no leaf 0x8000001f (/dev/cpu/0/cpuid)")
         return
-    know("encryption_bit", leaf[1] & 0x3F, "CPUID 0x8000001f EBX 5:0 (/dev/cpu/0/cpuid)")
+    leaf = _cpuid(0x8000001F) if last is not None else None
+    know("encryption_bit", leaf[1] & 0x3F if leaf else None, "CPUID 0x8000001f EBX 5:0 (/dev/cpu/0/cpuid)")
     value = _msr(_SYSCFG)
-    if value is not None:
-        know("memory_encryption", bool(value & _SYSCFG_MEM_ENCRYPT), "SYSCFG bit 23 (/dev/cpu/0/msr)")
-    line = _read("/proc/cmdline")
-    if line is not None:
-        know("sme", "mem_encrypt=on" in line.split(), "mem_encrypt (/proc/cmdline)")
+    on = None if value is None else bool(value & _SYSCFG_MEM_ENCRYPT)
+    know("memory_encryption", on, "SYSCFG bit 23 (/dev/cpu/0/msr)")
+    if "flags" in info:
+        # The kernel takes both flags away where SYSCFG has encryption off, and "sme" where it does not use it itself.
+        flags = info["flags"].split()
+        know("memory_encryption", True if {"sme", "sev"} & {*flags} else None, "flags sme or sev (/proc/cpuinfo)")
+        know("sme", "sme" in flags, "flag sme (/proc/cpuinfo)")
 
 
 # -- the masks ----------------------------------------------------------------------------------------------------
@@ -313,7 +335,7 @@ def masks_of(facts: HostFacts) -> HostMasks:
         notes.append("the parameter kvm.mmio_caching is not shown: taken for Y, which is its default")
     if facts.l1tf is None:
         notes.append("whether the processor has L1TF is not shown: taken for no")
-    cache = _cache_bits(facts, x86)
+    cache = _cache_bits(facts, facts.maxphyaddr)
     masks = reset_all_pte_masks(
         facts.maxphyaddr,
         x86_phys_bits=x86,
@@ -356,10 +378,11 @@ def _is_on(facts: HostFacts, name: str, notes: list[str]) -> bool:
     return text in (None, "Y", "1")
 
 
-def _cache_bits(facts: HostFacts, x86_phys_bits: int) -> int:
+def _cache_bits(facts: HostFacts, maxphyaddr: int) -> int:
+    # The kernel begins with the width of CPUID, before it takes bits of encryption away from its own.
     if facts.l1tf and facts.family == 6 and facts.model in _CACHE_44:
-        return max(x86_phys_bits, _CACHE_BITS)
-    return x86_phys_bits
+        return max(maxphyaddr, _CACHE_BITS)
+    return maxphyaddr
 
 
 def _reset_sources(facts: HostFacts, masks: ShadowMasks, cache: int) -> dict[str, str]:
@@ -396,11 +419,17 @@ def _intel(facts: HostFacts, masks: ShadowMasks, where: dict[str, str], notes: l
         return masks.set_me_spte_mask(0, keys)
     cap = facts.ept_vpid_cap
     if cap is None:
-        notes.append("IA32_VMX_EPT_VPID_CAP is not shown: taken for one with execute-only")
+        notes.append("IA32_VMX_EPT_VPID_CAP is not shown: taken for one with execute-only and A/D bits")
         cap = _CAP_EXEC_ONLY | _CAP_AD
-    ad = _is_on(facts, "kvm_intel.eptad", notes)
-    if facts.parameter("kvm_intel.eptad") is None:
-        ad = bool(cap & _CAP_AD)  # KVM turns the parameter off where the processor has none
+    # KVM turns the parameter off where the processor has none.
+    ad = bool(cap & _CAP_AD)
+    if facts.parameter("kvm_intel.eptad") is not None:
+        ad = _is_on(facts, "kvm_intel.eptad", notes)
+    elif facts.ept_vpid_cap is not None:
+        shown = "which the processor has" if ad else "for the processor has no A/D bits"
+        notes.append(f"the parameter kvm_intel.eptad is not shown: taken for {'Y' if ad else 'N'}, {shown}")
+    else:
+        notes.append("the parameter kvm_intel.eptad is not shown: taken for Y, which is its default")
     exec_only = bool(cap & _CAP_EXEC_ONLY)
     made = masks.set_ept_masks(ad, exec_only).set_me_spte_mask(0, keys)
     ept = "kvm_intel.ept is on"
@@ -430,23 +459,32 @@ def _amd(facts: HostFacts, masks: ShadowMasks, where: dict[str, str], notes: lis
     if masks.kind == "npt":
         for name, text in where.items():
             where[name] = text.replace("shadow paging:", "kvm_amd.npt is on, and NPT is as shadow paging:")
-    bit = facts.encryption_bit
-    if facts.sme and bit is not None:
-        masks = masks.set_me_spte_mask(1 << bit, 1 << bit)
-        text = f"SME ({facts.source('sme')}): bit {bit} by {facts.source('encryption_bit')}"
-        where |= {"me_value": text, "me_mask": text}
     on = facts.memory_encryption
     if on is None:
         on = masks.x86_phys_bits != masks.maxphyaddr
         notes.append(
             f"SYSCFG is not shown: memory encryption taken for {'on' if on else 'off'}, by the address bits it takes"
         )
-    if on and bit is not None:
-        first = masks.x86_phys_bits + (masks.x86_phys_bits == bit)
-        mask = (1 << 52) - (1 << first) | _P if first < 52 else 0
-        masks = masks.set_mmio_spte_mask(mask, mask, _W | _U)
-        text = f"memory encryption is on ({facts.source('memory_encryption')}): P and bits {first} to 51"
-        where["mmio_mask"] = text
-        if masks.mmio_value:
-            where["mmio_value"] = text
+    if not on:
+        return masks  # nor has the kernel SME then
+    bit = facts.encryption_bit
+    if bit is None:
+        notes.append(
+            "memory encryption is on, and CPUID 0x8000001f, which has its bit, is not shown: "
+            "me_value and me_mask are taken for 0, mmio_value and mmio_mask as if the bit were above the addresses"
+        )
+    if facts.sme is None:
+        notes.append("whether the kernel itself uses SME is not shown: taken for no")
+    if facts.sme and bit is not None:
+        masks = masks.set_me_spte_mask(1 << bit, 1 << bit)
+        text = f"SME ({facts.source('sme')}): bit {bit} by {facts.source('encryption_bit')}"
+        where |= {"me_value": text, "me_mask": text}
+    first = masks.x86_phys_bits + (masks.x86_phys_bits == bit)
+    mask = (1 << 52) - (1 << first) | _P if first < 52 else 0
+    masks = masks.set_mmio_spte_mask(mask, mask, _W | _U)
+    text = f"memory encryption is on ({facts.source('memory_encryption')}): "
+    text += f"P and bits {first} to 51" if mask else "no address bit is left that is reserved"
+    where["mmio_mask"] = text
+    if masks.mmio_value or not mask:
+        where["mmio_value"] = text
     return masks

@@ -24,6 +24,7 @@ Linear addresses, by the entry of the PML4:
 from __future__ import annotations
 
 from random import Random
+from struct import pack
 
 from ..mmu.shadow_page import HostMemory, HostPage, MmuEvent, SimSlot
 from ..mmu.simulate import ShadowMmu, SimAccess
@@ -80,6 +81,8 @@ _ALIAS_GVA = (1 << 64) - (2 << 39)
 _FIXED = [_TABLES + (_NR_TABLES - 1 - i) * PAGE_SIZE for i in range(5)]  # tables of alias (2) and window (3)
 _DRIVER_PDPT = 0x1000
 _TABLE = _P | _W | _U | _A
+
+_NO_ENTRIES = [0] * 512
 
 FAKE_PFN = 1 << 38
 """From here on are frames that the host has yet to choose; the one before is the zero page."""
@@ -302,14 +305,13 @@ class Program:
     # ---- tables ----
 
     def _poke(self, gpa: int, value: int) -> None:
-        self._bench.poke(gpa, value.to_bytes(8, "little"))
+        table = self._tables.setdefault(gpa & ~0xFFF, [0] * 512)
+        table[gpa % PAGE_SIZE // 8] = value
 
     def _build_tables(self) -> None:
-        rnd, poke = self._random, self._bench.poke
-        poke(_TABLES, bytes(_NR_TABLES * PAGE_SIZE))
+        rnd = self._random
+        self._tables: dict[int, list[int]] = {}
         far = [SLOTS[slot][0] + (_FAR_TABLES + i) * PAGE_SIZE for slot in (LOGGED, READONLY) for i in range(2)]
-        for table in far:
-            poke(table, bytes(PAGE_SIZE))
         alias_pdpt, alias_pd, pdpt, pd, pt = _FIXED
         self._poke(alias_pdpt, alias_pd | _TABLE)
         for i in range(2):
@@ -340,6 +342,11 @@ class Program:
             self._gvas += [top | _RECURSIVE << 30 | i << 12 for i in range(3)]
             self._gvas += [top | i << 12 for i in range(3)]
         self._gvas = sorted(set(self._gvas)) or [0]
+        near = range(_TABLES, _TABLES + _NR_TABLES * PAGE_SIZE, PAGE_SIZE)
+        images = {gpa: pack("<512Q", *self._tables.get(gpa, _NO_ENTRIES)) for gpa in [*near, *far]}
+        self._bench.poke(_TABLES, b"".join(images[gpa] for gpa in near))
+        for gpa in far:
+            self._bench.poke(gpa, images[gpa])
 
     def _upper(self) -> int:
         rnd, flags = self._random, _P | _U if self._wide else 0

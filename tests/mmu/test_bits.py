@@ -147,3 +147,32 @@ def test_html_is_escaped() -> None:
     decoded = BitLayout("<b>", 1, (Field("a&b", 0),)).decode(1)
     assert "<b>" not in decoded._repr_html_().replace("<tbody>", "")
     assert "a&amp;b" in decoded._repr_html_()
+
+
+def test_a_reserved_bit_is_one() -> None:
+    # Its row says the bit, its number 1 and why it is a problem; so it is among the fields that are not 0.
+    decoded = ACCESS.decode(0x88)
+    assert decoded.rows()[0] == ("7", "reserved", "1", "must be 0")
+    assert decoded.set() == ("reserved", "reserved")
+    assert sum(part.value << part.low for part in decoded.parts) == 0x88
+
+
+@pytest.mark.parametrize("word", [*range(16), 0b1010_0001, 0b1111_1110, 0xFF])
+def test_reserved_bits_are_found_from_the_lowest_up(word: int) -> None:
+    # Of eight bits one, bit 4, has a name.
+    decoded = BitLayout("sparse", 8, (Field("named", 4),)).decode(word)
+    wrong = [bit for bit in range(8) if bit != 4 and word >> bit & 1]
+    assert decoded.problems == tuple(f"bit {bit} is reserved and set" for bit in wrong)
+    assert [part.low for part in decoded.parts] == sorted([4, *wrong], reverse=True)
+
+
+def test_what_a_field_says() -> None:
+    one, wide = Field("one", 0, text="set", clear="not set"), Field("wide", 0, 2, text="of two", clear="not said")
+    assert [one.meaning(number) for number in (0, 1)] == ["not set", "set"]
+    assert [wide.meaning(number) for number in range(4)] == ["of two"] * 4
+    assert Field("frame", 0, 4, text="a frame", scale=12).meaning(10) == "0xa000 a frame"
+    assert Field("kind", 0, 2, values={2: "two"}).meaning(2) == "two"
+    assert Field("kind", 0, 2, values={2: "two"}).meaning(0) == "reserved"
+    # Numbers of one digit are the same in both systems; others are shown as 0x.
+    shown = [BitLayout("word", 5, (Field("n", 0, 5),)).decode(number).rows()[0][2] for number in (9, 10, 31)]
+    assert shown == ["9", "0xa", "0x1f"]

@@ -121,3 +121,12 @@ def test_a_flood_of_values_is_forgotten() -> None:
     for ignored in range(cases(2_000, 70_000)):
         struct.pack_into("<Q", tables, 0x3000, 0x4007 | (ignored & 0x7FF) << 52 | (ignored >> 11) << 8 & 0xF00)
         assert walks.walk(0x10).gpa == 0x9010
+
+
+def test_keys_of_pages_of_the_supervisor_take_nothing_of_the_straight_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With SMAP a read of the supervisor comes to no user page, and keys are of user pages alone (SDM 5.6.2).
+    walks = Walker(four_levels(0x9003 | 5 << 59), cr3=0x1000, cr4=PAE | PKE | 1 << 21, pkru=(1 << 32) - 1)
+    first = [walks.walk(0x123, access) for access in (0, W)]
+    assert [walk.gpa for walk in first] == [0x9123] * 2
+    monkeypatch.setattr(compiled_walk, "walk_addr", None)
+    assert [walks.walk(0x123, access) for access in (0, W)] == first

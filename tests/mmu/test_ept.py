@@ -574,3 +574,66 @@ def test_bad_accesses_name_the_field() -> None:
         ept_access(((4, 0),), 0, "read")  # type: ignore[arg-type]
     with pytest.raises(ArgumentTypeError, match="ept_misconfigurations: controls"):
         ept_misconfigurations(7, 1, True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
+def test_every_bit_of_an_entry_is_shown_once(level: int) -> None:
+    # Of an entry that is not present bits 62:3 are ignored, and bit 63 counts (28.5.8.1); of others all 64 are drawn.
+    absent = decode_ept_entry(0, level)
+    assert [(part.high, part.low) for part in absent.parts] == [(63, 63), (62, 3), (2, 2), (1, 1), (0, 0)]
+    for entry in (R, R | PS) if level in (2, 3) else (R,):
+        parts = decode_ept_entry(entry, level).parts
+        bits = [bit for part in parts for bit in range(part.high, part.low - 1, -1)]
+        reserved = {3: {3, 4, 5, 6}, 2: {3, 4, 5, 6}}.get(level, {3, 4, 5, 6, 7} if level > 3 else set())
+        if entry & PS:
+            reserved = set(range(12, 30 if level == 3 else 21))
+        assert bits == [bit for bit in range(63, -1, -1) if bit not in reserved]
+
+
+@pytest.mark.parametrize("width", [32, 46, 51, 52])
+def test_addresses_end_at_maxphyaddr(width: int) -> None:
+    # 27.6.11 and 31.3.2: bits 51:MAXPHYADDR are reserved, the one below is of the address.
+    controls, first = EptControls(maxphyaddr=width), 1 << width
+    last = first - 0x1000
+    assert not decode_eptp(last | 0x5E, maxphyaddr=width).problems
+    assert not ept_misconfigurations(last | R | WB, 1, controls)
+    assert ept_entry(last, 1, controls=controls) == last | R | W | X | WB
+    if width == 52:
+        return
+    assert f"address bits {first:#x} are above MAXPHYADDR {width}" in decode_eptp(
+        first | 0x5E, maxphyaddr=width
+    ).problems
+    assert ept_misconfigurations(first | R | WB, 1, controls) == (
+        f"address bits {first:#x} are above MAXPHYADDR {width}",
+    )
+
+
+def test_widths_of_addresses_are_32_to_52() -> None:
+    calls: tuple[Callable[[int], object], ...] = (
+        lambda width: decode_eptp(0x5E, maxphyaddr=width),
+        lambda width: ept_misconfigurations(R | WB, 1, EptControls(maxphyaddr=width)),
+        lambda width: sub_page_vector(lambda _: 0, 0, 0, maxphyaddr=width),
+    )
+    for call in calls:
+        for width in (32, 52):
+            call(width)
+        for width in (31, 53):
+            with pytest.raises(ArgumentError, match=f"maxphyaddr={width:#x}|maxphyaddr={width}"):
+                call(width)
+    # Guest-physical addresses have 52 bits.
+    last = (1 << 52) - 1
+    assert ept_access(((5, 0),), last).exit == "EPT_VIOLATION"
+    assert ept_walk(lambda _: 0, eptp(0x1000, levels=5), last).exit == "EPT_VIOLATION"
+    assert sub_page_vector(lambda _: 0, 0, last) == "miss"
+    assert ept_entry(last - 0xFFF, 1, controls=EptControls(maxphyaddr=52)) == last - 0xFFF | R | W | X | WB
+    assert eptp(last - 0xFFF) == last - 0xFFF | 0x5E
+    outside: tuple[Callable[[], object], ...] = (
+        lambda: ept_access(((5, 0),), last + 1),
+        lambda: ept_walk(lambda _: 0, eptp(0x1000, levels=5), last + 1),
+        lambda: sub_page_vector(lambda _: 0, 0, last + 1),
+        lambda: ept_entry(last + 1, 1),
+        lambda: eptp(last + 1),
+    )
+    for one in outside:
+        with pytest.raises(ArgumentError, match="gpa=|address="):
+            one()

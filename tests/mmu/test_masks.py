@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError
 from hvmodel.mmu import ShadowMasks, reset_all_pte_masks
-from hvmodel.mmu.masks import CHANGES, NEWEST, OLDEST, kernel_version
+from hvmodel.mmu.masks import CHANGES, NEWEST, OLDEST, SPTE_MMIO_ALLOWED_MASK, kernel_version
 
 BIT = [1 << bit for bit in range(64)]
 
@@ -209,6 +209,16 @@ def test_a_value_in_the_low_bits_of_the_address_is_taken_with_a_warning() -> Non
     assert "off" not in taken.warnings[0]
 
 
+def test_a_warning_says_off_only_where_it_is_the_reason() -> None:
+    # The parameter turned caching off: the value was 0 before any rule, and the bits of the address only warn.
+    made = reset_all_pte_masks(46, mmio_caching=False).set_mmio_spte_mask(BIT[45], BIT[45], 0)
+    assert made.warnings == ("MMIO value 0x200000000000 has bits 0x200000000000 of the address of the page",)
+    assert (made.mmio_value, made.enable_mmio_caching) == (0, False)
+    # A mask that is refused warns with any value.
+    assert "caching is off" in BASE.set_mmio_spte_mask(0, BIT[3], 0).warnings[0]
+    assert rsvd_bits(12, 51) | BIT[63] | 7 == SPTE_MMIO_ALLOWED_MASK
+
+
 def test_every_rule_that_is_broken_is_told() -> None:
     refused = L1TF.set_mmio_spte_mask(BIT[46] | BIT[12], BIT[3], 0)
     # The value is already 0 when it is held against the mask: two rules, and the warning about the address.
@@ -272,6 +282,13 @@ def test_l1tf_with_47_bits_or_more_has_no_room(cache: int) -> None:
     assert masks.nonpresent_or_rsvd_lower_gfn_mask == rsvd_bits(12, 51)
     assert len(masks.warnings) == 1
     assert f"{cache} address bits" in masks.warnings[0]
+
+
+def test_the_cache_looks_at_the_width_of_cpuid() -> None:
+    # kernel arch/x86/kernel/cpu/common.c get_cpu_address_sizes: before bits of encryption are taken away.
+    masks = reset_all_pte_masks(46, x86_phys_bits=40, l1tf=True)
+    assert masks.nonpresent_or_rsvd_mask == rsvd_bits(41, 45)
+    assert masks.nonpresent_or_rsvd_lower_gfn_mask == rsvd_bits(12, 40)
 
 
 def test_without_l1tf_the_width_of_the_kernel_counts() -> None:

@@ -8,7 +8,17 @@ import pytest
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError
 from hvmodel.mmu import nx_recovery
-from hvmodel.mmu.nx_recovery import NxParameters, SetAnswer, recovery_period_ms, recovery_to_zap, recovery_wait_ms
+from hvmodel.mmu.nx_recovery import (
+    KVM_SHADOW_MMU,
+    KVM_TDP_MMU,
+    NxParameters,
+    NxRecovered,
+    PossibleNxHugePages,
+    SetAnswer,
+    recovery_period_ms,
+    recovery_to_zap,
+    recovery_wait_ms,
+)
 from hvmodel.witness import run
 from tests.need import need
 
@@ -51,6 +61,7 @@ def test_waits() -> None:
 WORDS = {
     "off": "N", "force": "Y", "auto": "N", "never": "never", "Y": "Y", "y": "Y", "1": "Y", "t": "Y", "T": "Y",
     "yes": "Y", "on": "Y", "ON": "Y", "oN": "Y", "N": "N", "n": "N", "no": "N", "0": "N", "f": "N", "F": "N",
+    "enabled": "Y", "E": "Y", "disabled": "N", "D": "N", "nEVER": "N",
     "of": "N", "Off": "N", "off\n": "N", "force\n": "Y", "never\n": "never", "10": "Y",
 }  # fmt: skip
 
@@ -64,6 +75,45 @@ def test_words_for_nx_huge_pages(text: str, before: str) -> None:
     assert model.get_nx_huge_pages() == WORDS[text]
     changed = (WORDS[text] == "Y") != (before == "Y")
     assert answer == SetAnswer(0, zaps=changed, wakes=changed)
+
+
+def test_lists() -> None:
+    pages = PossibleNxHugePages()
+    assert [pages.track(page) for page in range(7)] == [True] * 7
+    assert not pages.track(3)  # linked a second time: it keeps its place
+    assert [pages.track(f"tdp {n}", KVM_TDP_MMU) for n in range(3)] == [True] * 3
+    assert (pages.nx_lpage_splits, repr(pages)) == (10, "<PossibleNxHugePages: 7 shadow, 3 TDP>")
+    assert pages.recover(0) == (NxRecovered(KVM_SHADOW_MMU), NxRecovered(KVM_TDP_MMU))
+    # ceil(7 / 3) = 3 and ceil(3 / 3) = 1, from the heads; a logged one is part of the share, and off the list too.
+    assert pages.recover(3, {1, 6}) == (
+        NxRecovered(KVM_SHADOW_MMU, (0, 2), (1,)),
+        NxRecovered(KVM_TDP_MMU, ("tdp 0",)),
+    )
+    assert (pages.pages(), pages.pages(KVM_TDP_MMU)) == ((3, 4, 5, 6), ("tdp 1", "tdp 2"))
+    assert pages.untrack(4)
+    assert not pages.untrack(4)
+    assert not pages.untrack(5, KVM_TDP_MMU)
+    assert pages.track(4)
+    assert pages.pages() == (3, 5, 6, 4)
+    # As many rounds as the ratio says give all back, if nothing comes.
+    rounds = [pages.recover(2) for _ in range(3)]
+    assert [page for done, _ in rounds for page in done.zapped] == [3, 5, 6, 4]
+    assert pages.nx_lpage_splits == 0
+
+
+def test_lists_refuse() -> None:
+    pages = PossibleNxHugePages()
+    pages.track("a")
+    for call in (pages.track, pages.untrack):
+        with pytest.raises(ArgumentError, match="mmu_type="):
+            call("b", 2)
+    with pytest.raises(ArgumentError, match="pages: mmu_type="):
+        pages.pages(-1)
+    with pytest.raises(ArgumentError, match=r"track: page=.*one MMU"):
+        pages.track("a", KVM_TDP_MMU)
+    with pytest.raises(ArgumentError, match="ratio="):
+        pages.recover(1 << 32)
+    assert pages.pages() == ("a",)
 
 
 def test_auto_goes_by_the_processor() -> None:
@@ -136,6 +186,7 @@ def test_what_is_no_number(text: str) -> None:
     model = NxParameters()
     assert model.set_recovery_ratio(text) == SetAnswer(errno.EINVAL)
     assert model.set_recovery_period_ms("4294967296") == SetAnswer(errno.ERANGE)
+    assert model.set_recovery_period_ms("9" * 5000) == SetAnswer(errno.ERANGE)
     assert (model.recovery_ratio, model.recovery_period_ms) == (60, 0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hvmodel.errors import ArgumentError, ArgumentTypeError
+from hvmodel.mmu import permission
 from hvmodel.mmu.permission import (
     ACC_EXEC_MASK,
     ACC_USER_MASK,
@@ -111,3 +112,29 @@ def test_refusals() -> None:
             call()
     with pytest.raises(ArgumentTypeError):
         permission_fault(bitmap, 0, 0, 0, "w")  # type: ignore[arg-type]  # is what is asked
+
+
+def test_the_ends_of_ranges_are_in_them() -> None:
+    # Registers of 32 bits, keys 0 to 15, rights 0 to 7: all ones are such a number.  All keys forbid then (the code has
+    # P and PK), and a mask of no bits asks no key.
+    bitmap = update_permission_bitmask(cr0_wp=True, efer_nx=True)
+    last = (1 << 32) - 1
+    assert permission_fault(bitmap, last, 7, 15, 0, pkru=last) == 0x21
+    assert permission_fault(bitmap, 0, 7, 15, 0, pkru=last) == 0
+    with pytest.raises(ArgumentError, match="pkru="):
+        permission_fault(bitmap, 0, 7, 15, 0, pkru=last + 1)
+    with pytest.raises(ArgumentError, match="permissions"):
+        permission_fault(bitmap + b"\0", 0, 7, 15, 0)
+
+
+def test_the_bits_of_an_error_code() -> None:
+    # SDM 5.7, figure 5-12: P, W/R, U/S, RSVD, I/D, PK; KVM's own of arch/x86/include/asm/kvm_host.h@v6.18.
+    bits = {"PRESENT": 0, "WRITE": 1, "USER": 2, "RSVD": 3, "FETCH": 4, "PK": 5, "GUEST_FINAL": 32, "GUEST_PAGE": 33}
+    assert {name: getattr(permission, f"PFERR_{name}_MASK") for name in bits} == {n: 2**bit for n, bit in bits.items()}
+    assert permission.PFERR_IMPLICIT_ACCESS == 2**48
+    for bit in range(64):
+        if bit in (0, 1, 2, 4, 32, 33, 48):
+            assert permission.check_access("call", 1 << bit) == 1 << bit
+        else:
+            with pytest.raises(ArgumentError, match="call: access="):
+                permission.check_access("call", 1 << bit)

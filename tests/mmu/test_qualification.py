@@ -224,3 +224,12 @@ def test_the_high_half_of_the_reason_does_not_count() -> None:
     assert qualification_layout(48 | 1 << 27) is qualification_layout(48)
     assert qualification_layout(0, 13) is None
     assert encode_qualification(12) == 0
+
+
+def test_a_qualification_is_a_word_of_64_bits() -> None:
+    # A natural-width field of the VMCS: 16 digits, in whatever layout; bits 31:16 of the exit reason do not count.
+    for reason, vector in [*((reason, None) for reason in EXIT_REASONS), (0, 1), (0, 2), (0, 14), (0, 31)]:
+        decoded = decode_qualification(reason, (1 << 64) - 1, vector)
+        assert (decoded.width, decoded.parts[0].high) == (64, 63)
+        assert " 0xffffffffffffffff: " in str(decoded)
+        assert qualification_layout(0xFFFF_0000 | reason, vector) is qualification_layout(reason, vector)

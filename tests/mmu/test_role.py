@@ -198,6 +198,13 @@ def test_nested_npt() -> None:
     assert root == cpu.base.replace(level=5, passthrough=1)
     cpu, root = nested_npt_role(PAE | LA57, LME | LMA | NX, level=5, smm=True)
     assert (root, root.passthrough, root.level, root.smm) == (cpu.base, 0, 5, 1)
+    # A hypervisor of 2-level paging: its roots are four tables of level 2, the role's level is the host's.
+    cpu, root = nested_npt_role(0, NX, level=5)
+    assert (cpu.base.level, root.level, root.has_4_byte_gpte, root.passthrough) == (2, 5, 1, 0)
+    assert not root.decode().problems
+    assert [(gfn, page.quadrant, page.level) for _, gfn, page in root_pages(cpu, root, 9)] == [
+        (9, at, 2) for at in range(4)
+    ]
     cpu, root = nested_npt_role(PAE, 0)
     assert (cpu.base.level, root.level, root.efer_nx) == (3, 4, 0)
     for cr4, efer, field in ((0, LME | LMA, "cr4"), (PAE, LMA, "efer"), (PAE, LME, "efer")):
@@ -215,10 +222,15 @@ def test_children() -> None:
     directory = PageRole.of(level=2, has_4_byte_gpte=1, quadrant=3, access=7)
     assert [child_role(directory, 7, False, index=i).quadrant for i in (0, 1, 2, 511)] == [0, 1, 0, 1]
     assert child_role(directory, 7, False).has_4_byte_gpte == 1
+    # Below a 4 MiB page of the guest: direct, and still of 4-byte entries, as kvm_mmu_child_role leaves it.
+    small = child_role(directory, 7, True, index=511)
+    assert small == PageRole.of(level=1, has_4_byte_gpte=1, quadrant=1, access=7, direct=1)
+    assert not small.decode().problems
     assert child_role(PageRole.of(level=2, quadrant=2), 7, False, index=1).quadrant == 2
     for parent, access, index, field in (
         (PageRole(0x3701), 7, 0, "parent"),
         (PageRole(0), 7, 0, "parent"),
+        (directory.replace(level=3), 7, 0, "parent"),
         (root, 8, 0, "access"),
         (root, 7, 512, "index"),
     ):
@@ -259,7 +271,6 @@ def test_roots() -> None:
     [
         (0x700, "level 0"),
         (0x780, "level 0"),
-        (0x796 & ~0xF | 2, "direct with has_4_byte_gpte"),
         (0x721, "quadrant without has_4_byte_gpte"),
         (0x714, "has_4_byte_gpte with level 4"),
         (0x751, "quadrant 2 at level 1"),
@@ -280,7 +291,24 @@ def test_problems_of_a_page_role(word: int, said: str) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    [0x3704, 0x1782, 0x40705, 0x80784, 0x772 & ~0x20, 0x752, 0x711, 0x731, 0x713, 0x4704, 0x8704, 0x1000704, 0xF01],
+    [
+        0x3704,
+        0x1782,
+        0x40705,
+        0x80784,
+        0x772 & ~0x20,
+        0x752,
+        0x711,
+        0x731,
+        0x713,
+        0x4704,
+        0x8704,
+        0x1000704,
+        0xF01,
+        0x792,
+        0x7B1,
+        0x20714,
+    ],
 )
 def test_right_page_roles_have_no_problem(word: int) -> None:
     assert decode_role(word).problems == ()
@@ -290,6 +318,8 @@ def test_right_page_roles_have_no_problem(word: int) -> None:
     ("word", "said"),
     [
         (0x3704, "valid is clear"),
+        (0x1_0000_0790, "direct with has_4_byte_gpte"),
+        (0x81_0002_0714, "has_4_byte_gpte with level 4"),
         (0x5_0000_0780, "direct with bits of an extended role"),
         (0x81_0000_4704, "smep_andnot_wp without cr4_smep"),
         (0x81_0000_8704, "smap_andnot_wp without cr4_smap"),

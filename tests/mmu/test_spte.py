@@ -20,14 +20,17 @@ from hvmodel.mmu import (
     BitLayout,
     PageRole,
     ShadowMasks,
+    check_mmio_spte,
     check_spte_writable_invariants,
     decode_spte,
     generation_mmio_spte_mask,
     get_mmio_spte_access,
     get_mmio_spte_generation,
     get_mmio_spte_gfn,
+    is_access_allowed,
     is_access_track_spte,
     is_accessed_spte,
+    is_dirty_spte,
     is_ept_ve_possible,
     is_executable_pte,
     is_frozen_spte,
@@ -43,12 +46,15 @@ from hvmodel.mmu import (
     make_nonleaf_spte,
     make_small_spte,
     make_spte,
+    make_spte_executable,
+    make_spte_nonexecutable,
     mark_spte_for_access_track,
     mmio_layout,
     reset_all_pte_masks,
     restore_acc_track_spte,
     spte_ad_enabled,
     spte_ad_need_write_protect,
+    spte_has_volatile_bits,
     spte_kind,
     spte_needs_atomic_update,
     spte_to_pfn,
@@ -158,8 +164,10 @@ def test_encryption_is_in_every_entry_but_those_of_devices() -> None:
     assert made(masks, 7) == BIT[47] | 0xE67
     assert made(masks, 7, host_mmio=True) == 0xE67
     assert make_nonleaf_spte(masks, 0x1000) == BIT[47] | 0x1000 | 0x827
+    assert spte_to_pfn(BIT[47] | 0x12345E67, masks) == spte_to_pfn(0x12345E67) == 0x12345
     # A key of Intel's is in the mask, and no entry has one.
     keys = SHADOW.set_me_spte_mask(0, BIT[45])
+    assert spte_to_pfn(BIT[45], keys) == spte_to_pfn(BIT[45]) == BIT[45 - 12]
     assert made(keys, 7) == 0xE67
     assert make_nonleaf_spte(keys, 0x1000) == 0x1000 | 0x827
 
@@ -168,7 +176,8 @@ def test_encryption_is_in_every_entry_but_those_of_devices() -> None:
 
 R, WR, EX, WB, IPAT, PS, EPT_A, EPT_D = BIT[0], BIT[1], BIT[2], 6 << 3, BIT[6], BIT[7], BIT[8], BIT[9]
 MMU_PRESENT, HOST, MMU, SVE = BIT[11], BIT[57], BIT[58], BIT[63]
-ALWAYS = MMU_PRESENT | SVE | WB
+# A VM without non-coherent DMA: write-back whatever the guest's PAT says (vmx/vmx.c vmx_get_mt_mask @v6.18).
+ALWAYS = MMU_PRESENT | SVE | WB | IPAT
 
 EPT_LEAVES = [
     ("read, write, execute", EPT, 7, {}, ALWAYS | R | WR | EX | EPT_A | EPT_D | HOST | MMU),
@@ -179,10 +188,10 @@ EPT_LEAVES = [
     ("the host is read-only", EPT, 7, {"host_writable": False}, ALWAYS | R | EX | EPT_A),
     ("2 MiB", EPT, 7, {"level": 2}, ALWAYS | R | WR | EX | PS | EPT_A | EPT_D | HOST | MMU),
     ("1 GiB, mitigated", EPT, 7, {"level": 3, "nx_huge_page": True}, ALWAYS | R | WR | PS | EPT_A | EPT_D | HOST | MMU),
-    ("a device", EPT, 7, {"host_mmio": True}, (ALWAYS ^ WB) | R | WR | EX | EPT_A | EPT_D | HOST | MMU),
-    ("another type", EPT, U, {"mt_mask": WB | IPAT}, ALWAYS | IPAT | R | EPT_A | HOST),
+    ("a device", EPT, 7, {"host_mmio": True}, MMU_PRESENT | SVE | R | WR | EX | EPT_A | EPT_D | HOST | MMU),
+    ("another type", EPT, U, {"mt_mask": WB}, MMU_PRESENT | SVE | WB | R | EPT_A | HOST),
     ("no suppress #VE before 6.10", reset_all_pte_masks(46, version="6.9").set_ept_masks(True, True), U, {},
-     MMU_PRESENT | WB | R | EPT_A | HOST),
+     MMU_PRESENT | WB | IPAT | R | EPT_A | HOST),
     # Without execute-only R is in each entry (present_mask).
     ("execute without execute-only", SHADOW.set_ept_masks(True, False), X, {}, ALWAYS | R | EX | EPT_A | HOST),
 ]  # fmt: skip
@@ -223,12 +232,9 @@ def test_a_nested_guests_pages_are_write_protected_while_the_processor_logs() ->
 
 def test_memory_types() -> None:
     # SDM volume 3C, 29.3.7: bits 5:3, 0 uncacheable, 6 write-back; bit 6 is IPAT.
-    assert (vmx_get_mt_mask(True), vmx_get_mt_mask(False), vmx_get_mt_mask(False, ignore_guest_pat=True)) == (
-        0,
-        48,
-        112,
-    )
-    assert vmx_get_mt_mask(True, ignore_guest_pat=True) == 0
+    assert vmx_get_mt_mask(False) == vmx_get_mt_mask(False, ignore_guest_pat=True) == WB | IPAT
+    assert vmx_get_mt_mask(False, ignore_guest_pat=False) == WB
+    assert vmx_get_mt_mask(True) == vmx_get_mt_mask(True, ignore_guest_pat=False) == 0
 
 
 @pytest.mark.parametrize(
@@ -349,6 +355,17 @@ def test_an_mmio_spte_gives_back_what_it_was_made_of(
     assert decoded["generation_low"] | decoded["generation_high"] << 8 == generation & 0x7FFFF
 
 
+def test_an_mmio_spte_holds_for_its_generation() -> None:
+    # kernel arch/x86/kvm/mmu/mmu.c check_mmio_spte @v6.18: 19 bits count, and bit 63 is "being changed".
+    spte = make_mmio_spte(SHADOW, 0x4_0102, 0xFEE00, U)
+    assert check_mmio_spte(spte, 0x4_0102)
+    assert check_mmio_spte(spte, 1 << 19 | 0x4_0102)
+    assert check_mmio_spte(spte, BIT[62] | 0x4_0102)
+    assert not check_mmio_spte(spte, BIT[63] | 0x4_0102)
+    for bit in range(19):
+        assert not check_mmio_spte(spte, 0x4_0102 ^ BIT[bit])
+
+
 def test_without_caching_there_are_none() -> None:
     masks = reset_all_pte_masks(46, mmio_caching=False)
     assert not is_mmio_spte(masks, 0)
@@ -417,6 +434,18 @@ def test_a_tracked_one_stays_tracked_when_its_execution_changes() -> None:
     assert is_access_track_spte(EPT_NO_AD, small)
 
 
+def test_execution_given_and_taken() -> None:
+    # Shadow paging and NPT have NX, EPT has X; A/D bits and the rest stay.
+    assert make_spte_nonexecutable(SHADOW, 0xE67) == BIT[63] | 0xE67
+    assert make_spte_executable(SHADOW, BIT[63] | 0xE67) == make_spte_executable(SHADOW, 0xE67) == 0xE67
+    assert make_spte_nonexecutable(EPT, made(EPT, 7)) == made(EPT, 7) & ~EX
+    assert make_spte_executable(EPT, made(EPT, W | U)) == made(EPT, 7)
+    # One that is access-tracked has X in bit 56, and no access beside.
+    tracked = MMU_PRESENT | SVE | AD_DISABLED | SAVED_R | HOST | MMU
+    assert make_spte_executable(EPT_NO_AD, tracked) == tracked | SAVED_X
+    assert make_spte_nonexecutable(EPT_NO_AD, tracked | SAVED_X) == tracked
+
+
 # -- questions ------------------------------------------------------------------------------------------------------
 
 
@@ -468,9 +497,57 @@ def test_who_must_be_changed_atomically() -> None:
     assert spte_needs_atomic_update(SHADOW, 0xE67 & ~0x40)  # writable and not dirty: the processor may set D
     assert not spte_needs_atomic_update(SHADOW, 0xA25)
     assert spte_needs_atomic_update(EPT, made(EPT, U) | AD_DISABLED)
+    assert spte_needs_atomic_update(EPT, made(EPT, 7) | AD_DISABLED)
+    assert not spte_needs_atomic_update(EPT, made(EPT, 7))
+    assert not spte_needs_atomic_update(EPT, made(EPT, 7) | BIT[53])
     assert leaf_spte_change_needs_tlb_flush(SHADOW, 0xE67, 0xA25)
     assert not leaf_spte_change_needs_tlb_flush(SHADOW, 0xE67, logged)
     assert not leaf_spte_change_needs_tlb_flush(SHADOW, 0xA25, 0xE67)
+
+
+@pytest.mark.parametrize(
+    ("masks", "spte", "volatile", "dirty"),
+    [
+        # kernel arch/x86/kvm/mmu/spte.c spte_has_volatile_bits and spte.h is_dirty_spte @v6.12.  With A/D bits:
+        # volatile where the processor may still set A, or D of a writable one, or KVM make it writable at any time.
+        (SHADOW, 0xE67, False, True),
+        (SHADOW, 0xE67 & ~0x20, True, True),
+        (SHADOW, 0xE67 & ~0x40, True, False),
+        (SHADOW, 0xE67 & ~W, True, True),
+        (SHADOW, 0xA25, False, False),
+        (SHADOW, 0xA25 & ~0x20, True, False),
+        # Without them: only one that is access-tracked; written is what is writable.
+        (OLD_EPT, MMU_PRESENT | AD_DISABLED | HOST | MMU | 7, False, True),
+        (OLD_EPT, MMU_PRESENT | AD_DISABLED | HOST | MMU | 5, True, False),
+        (OLD_EPT, MMU_PRESENT | AD_DISABLED | HOST | 5, False, False),
+        (OLD_EPT, MMU_PRESENT | AD_DISABLED | HOST | SAVED_R, True, False),
+        (OLD_EPT, MMU_PRESENT | AD_DISABLED | HOST | EPT_D | 5, False, False),
+        (OLD_EPT, MMU_PRESENT | HOST | MMU | EPT_A | EPT_D | 7, False, True),
+        (OLD_EPT, MMU_PRESENT | HOST | MMU | EPT_A | 7, True, False),
+        # By write protection alone: A and D are there.
+        (OLD_EPT, MMU_PRESENT | BIT[53] | HOST | MMU | EPT_A | 7, True, False),
+    ],
+)
+def test_the_questions_of_older_kernels(masks: ShadowMasks, spte: int, volatile: bool, dirty: bool) -> None:
+    assert (spte_has_volatile_bits(masks, spte), is_dirty_spte(masks, spte)) == (volatile, dirty)
+
+
+def test_which_faults_are_spurious() -> None:
+    # kernel arch/x86/kvm/mmu/spte.h is_access_allowed @v6.18: execution first, then writing, else bit 0.
+    cases = [
+        (SHADOW, 0xE67, (True, True, True)),
+        (SHADOW, 0xA25, (True, False, True)),
+        (SHADOW, BIT[63] | 0xE67, (True, True, False)),
+        (SHADOW, 0xE66, (False, True, True)),
+        (EPT, MMU_PRESENT | EX, (False, False, True)),
+        (EPT, MMU_PRESENT | R, (True, False, False)),
+        (EPT, MMU_PRESENT | R | WR, (True, True, False)),
+    ]
+    for masks, spte, (read, write, execute) in cases:
+        assert is_access_allowed(masks, spte) == read
+        assert is_access_allowed(masks, spte, write=True) == write
+        assert is_access_allowed(masks, spte, execute=True) == execute
+        assert is_access_allowed(masks, spte, write=True, execute=True) == execute
 
 
 def test_small_questions() -> None:
@@ -594,6 +671,16 @@ def test_encryption_is_shown_beside_the_address() -> None:
     assert decode_spte(BIT[52] | 0x12345E67, NPT.set_me_spte_mask(BIT[47], BIT[47]))["address"] == 0x12345
     keys = decode_spte(3 << 40 | 0x12345A25, SHADOW.set_me_spte_mask(0, 0x3F << 40))
     assert (keys["address"], keys["encryption"], keys.problems) == (0x12345, 3, ())
+    assert str(keys).startswith(
+        "shadow SPTE of level 1, page of 4K 0x0000030012345a25: address=0x12345000 encryption=0x3 "
+    )
+    meanings = {part.name: part.meaning for part in keys.parts}
+    assert (meanings["address"], meanings["encryption"]) == ("0x12345000 host address of the page", "key of the page")
+    named = {part.name: part.meaning for part in decoded.parts}
+    assert (named["address"], named["encryption"]) == ("0x12345000 host address of the page", "the page is encrypted")
+    large = decode_spte(BIT[47] | 5 << 30 | 0xEE7, NPT.set_me_spte_mask(BIT[47], BIT[47]), 3)
+    assert (large["address"], large.problems) == (5, ())
+    assert f"address={5 << 30:#x} encryption " in str(large)
 
 
 @pytest.mark.parametrize(
@@ -659,6 +746,8 @@ def test_all_layouts_are_there() -> None:
         (lambda: make_mmio_spte(SHADOW, 1 << 64, 0, 0), "generation"),
         (lambda: make_mmio_spte(SHADOW, 0, 1 << 40, 0), "gfn"),
         (lambda: make_mmio_spte(SHADOW, 0, 0, 8), "access"),
+        (lambda: make_mmio_spte(reset_all_pte_masks(52), 0, 0, 0), "masks.enable_mmio_caching"),
+        (lambda: check_mmio_spte(0, 1 << 64), "generation"),
         (lambda: generation_mmio_spte_mask(1 << 19), "generation"),
         (lambda: make_small_spte(SHADOW, 0xEE7, LEVEL[1], 512), "index"),
         (lambda: make_small_spte(SHADOW, 0xEE7, LEVEL[3], 0), "role.level"),

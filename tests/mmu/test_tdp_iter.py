@@ -173,6 +173,16 @@ def test_gfn_bits_are_part_of_the_index_alone() -> None:
     assert (it.level, it.gfn) == (1, 5)
 
 
+def test_an_index_with_gfn_bits_ends_at_the_last_entry() -> None:
+    # Bit 17 of the frame: the upper half of a table of level 2 alone, entries 256 to 511.
+    it = make({0: {}}, 2, gfn_bits=1 << 17)
+    assert [(i.sptep, i.gfn) for i in it.entries(0, 1 << 18)] == [((0, 256 + at), at << 9) for at in range(256)]
+    with pytest.raises(ArgumentError, match=r"TdpIter\.start: gfn=.*below gfn_bits"):
+        it.start(1, 1 << 17)
+    it.start(1, (1 << 17) - 1)
+    assert it.sptep == (0, 511)
+
+
 def test_refusals() -> None:
     found: Tables = {0: {}}
     for level in (0, 6):

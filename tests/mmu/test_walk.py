@@ -552,3 +552,41 @@ def test_entries_and_what_a_walk_is_made_by() -> None:
     assert walks.walk(0).entries[0] == Entry(4, 0x1000, 0x2007)
     assert repr(walks) == "<Walker paging64, 4 levels, root 0x1000>"
     assert "paging64" in repr(NestedWalker(walks))
+
+
+def test_every_register_takes_its_last_value() -> None:
+    # The widest of each register, and one more: CR3 is as wide as maxphyaddr (bits 63:61 are no address), PKRU has 32
+    # bits, CR3 below long mode 32.  A walk reads nothing there, for no memory is so high.
+    low = GuestMemory([(0, bytes(0x1000))])
+    legacy = {"cr0": PG | PE, "cr4": PAE, "efer": 0}
+    for width in (32, 52):
+        last = (1 << width) - 1
+        for cr3 in (last, 7 << 61 | last):
+            assert Walker(low, cr3=cr3, maxphyaddr=width).mmu.root == last & ~0xFFF
+        with pytest.raises(ArgumentError):
+            Walker(low, cr3=last + 1, maxphyaddr=width)
+        with pytest.raises(ArgumentError):
+            Walker(low, maxphyaddr={32: 31, 52: 53}[width])
+        # An EPTP of all address bits, 5 levels, A and D, WB: what is left of its low 12 bits are 0x66.
+        assert Walker.ept(low, eptp=last & ~0xFFF | 0x66, maxphyaddr=width).mmu.root == last & ~0xFFF
+        for eptp, maxphyaddr in ((last + 1 | 0x66, width), (0x66, {32: 31, 52: 53}[width])):
+            with pytest.raises(ArgumentError):
+                Walker.ept(low, eptp=eptp, maxphyaddr=maxphyaddr)
+    assert Walker(low, pkru=(1 << 32) - 1).mmu.pkru == (1 << 32) - 1
+    assert Walker(low, cr3=(1 << 32) - 1, **legacy).mmu.root == 0xFFFF_FFE0  # type: ignore[arg-type]
+    assert Walker(low, cr3=(1 << 32) - 1, cr0=PG | PE, cr4=0, efer=0).mmu.root == 0xFFFF_F000
+    held = Walker(low, pdptrs=(0, 0, 0, (1 << 64) - 1), **legacy)  # type: ignore[arg-type]
+    assert held.mmu.pdptrs == (0, 0, 0, (1 << 64) - 1)
+
+
+@pytest.mark.parametrize("bit", range(12))
+def test_the_low_bits_of_an_eptp(bit: int) -> None:
+    # 27.6.11: 2:0 is 0 or 6, 5:3 is 3 or 4, 6 is A and D, 7 shadow stacks; 11:8 are reserved.
+    eptp = 0x1000 | 3 << 3 | 6
+    other = eptp ^ 1 << bit
+    if bit in (6, 7):
+        assert Walker.ept(bytes(0x2000), eptp=other).mmu.have_ad == (bit == 6)
+    else:
+        with pytest.raises(ArgumentError, match="eptp="):
+            Walker.ept(bytes(0x2000), eptp=other)
+    assert not Walker.ept(bytes(0x2000), eptp=eptp).mmu.have_ad

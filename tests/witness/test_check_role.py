@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
 from typing import Any
 
 import pytest
 
 from hvmodel.mmu import role
-from hvmodel.mmu.role import PageRole
+from hvmodel.mmu.role import PageRole, tdp_root_role
 from hvmodel.witness import CheckResult, check_mmu_small, check_role, run
+from hvmodel.witness.btf import Btf
+from hvmodel.witness.result import Tally
 from tests.cases import cases
 from tests.need import need
 
@@ -106,8 +109,60 @@ def test_a_wrong_child_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only("role_children").mismatches
 
 
+class TdpGuest:
+    # What check_role needs of a guest on a host with EPT: a root, and tables below it, once.
+    tdp_role = tdp_root_role(4)
+
+    def __init__(self, *cases: list[tuple[int, int]]) -> None:
+        self.cases = list(cases)
+
+    def put(self, regs: tuple[int, int, int], _cr3: int) -> tuple[int, int, int]:
+        return regs
+
+    def run(self, **_regs: int) -> int:
+        return 1
+
+    def seen(self, runs: list[int]) -> tuple[list[list[tuple[int, int]]], None]:
+        return self.cases[: len(runs)], None
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], ""),
+        ([(0x40000, 0x3782)], ""),
+        ([(0x40000, 0x13783)], "the model has"),
+        ([(0x40200, 0x3782)], "no table of this level begins"),
+        ([(0x200, 0x3784)], "no table of this level begins"),
+    ],
+)
+def test_with_ept_only_tables_that_are_seen_count(more: list[tuple[int, int]], said: str) -> None:
+    tree = [(0, 0x3784), (0, 0x3783), (0, 0x3782), (0, 0x3781)]
+    tally = Tally("roles", "the trace")
+    a_run = check_role._Run(tally, TdpGuest(tree, [], [], more))  # type: ignore[arg-type]
+    for _ in range(4):
+        assert a_run.case((0x80000001, 0x20, 0xD00))
+    a_run.compare()
+    a_run.say_what_was_lacking()
+    result = tally.result()
+    assert (result.compared, result.mismatches) == (4 + len(more), int(bool(said)))
+    assert said in "".join(result.examples)
+    assert any("EPT or NPT has one root" in text for text in result.lacking)
+
+
+@cache
+def kernel_types() -> Btf:
+    return Btf.for_module("kvm")
+
+
+@pytest.fixture(autouse=True)
+def one_btf(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read and indexed once for all tests here: half a second each else.
+    monkeypatch.setattr(check_mmu_small, "_btf", kernel_types)
+
+
 def types() -> CheckResult:
-    need("btf")
+    need("btf", "root", "tracefs")
     (result,) = run(["mmu_types"])
     if result.skipped:
         pytest.skip(result.lacking[0])
@@ -117,8 +172,23 @@ def types() -> CheckResult:
 def test_the_types_agree() -> None:
     result = types()
     assert result.mismatches == 0, result
-    # Fields of the three unions, and their sizes, are but a part.
-    assert result.compared > 15 + 8 + 23 + 3
+    # At least: fields and sizes of the three unions; of formats 8 bits, 8 rights, 2 answers.
+    assert result.compared >= 15 + 8 + 23 + 3 + 8 + 8 + 2
+    assert not [text for text in result.lacking if "format" in text]
+
+
+def test_a_type_that_an_older_kernel_has_not_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(check_mmu_small._FIELDS, "kvm_mmu", {"nothing": "u8"})
+    assert types().mismatches == 1
+    monkeypatch.setattr(check_mmu_small, "_MODELLED", (99, 0))
+    result = types()
+    assert result.mismatches == 0
+    assert "type of kvm_mmu.nothing: this kernel has none" in result.lacking
+
+
+def test_formats_that_are_not_known_are_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_mmu_small, "_formats", lambda: iter(()))
+    assert len([text for text in types().lacking if "not of the form" in text]) == 3
 
 
 def test_a_wrong_type_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,13 +88,16 @@ def test_without_ept_it_is_shadow_paging() -> None:
 def test_a_client_processor_with_l1tf() -> None:
     found = host_masks(CLIENT)
     # 39 address bits, and the cache looks at 44: ones in bits 43:39, the address below 39.
-    assert found.masks.nonpresent_or_rsvd_mask == sum(BIT[39:44])
+    assert found.masks.nonpresent_or_rsvd_mask == sum(BIT[39:44]) == 0xF8000000000
     assert found.masks.nonpresent_or_rsvd_lower_gfn_mask == BIT[39] - BIT[12]
     assert found.masks.kind == "ept"
     assert "44 address bits of the cache" in found.source("nonpresent_or_rsvd_mask")
     # A server of the same years: its cache looks at what CPUID says.
     server = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 46, 46, 6, 0x55, True, EPT_VPID_CAP))
     assert server.masks.nonpresent_or_rsvd_mask == sum(BIT[41:46])
+    # The kernel takes the width of CPUID for the cache's (get_cpu_address_sizes), before bits of a key go.
+    keys = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 46, 42, 6, 0x55, True, EPT_VPID_CAP))
+    assert keys.masks.nonpresent_or_rsvd_mask == sum(BIT[41:46])
     # An older one of the list with few address bits, on a kernel of another family number.
     other = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 39, 39, 15, 0x9E, True, EPT_VPID_CAP))
     assert other.masks.nonpresent_or_rsvd_mask == sum(BIT[34:39])
@@ -135,6 +140,23 @@ def test_the_encryption_bit_itself_is_not_in_the_mmio_value() -> None:
     # None is left at 52: caching is off.
     last = HostFacts("6.18.0", "kvm_amd", AMD, 52, 51, 25, 1, False, None, True, 51, True)
     assert (host_masks(last).masks.mmio_value, host_masks(last).masks.enable_mmio_caching) == (0, False)
+    assert "no address bit is left" in host_masks(last).source("mmio_mask") == host_masks(last).source("mmio_value")
+    # With 51 and the bit of encryption elsewhere bit 51 alone is left.
+    one = HostFacts("6.18.0", "kvm_amd", AMD, 52, 51, 25, 1, False, None, True, 47, False)
+    assert host_masks(one).masks.mmio_value == BIT[51] | 1
+
+
+def test_encryption_of_which_cpuid_is_not_shown() -> None:
+    hidden = HostFacts("6.18.0", "kvm_amd", AMD, 48, 43, 23, 49, False, None, True, None, True)
+    found = host_masks(hidden)
+    assert (found.masks.me_mask, found.masks.mmio_mask) == (0, sum(BIT[43:52]) | 1)
+    assert len(found.notes) == 1
+    assert "CPUID 0x8000001f" in found.notes[0]
+    unknown = HostFacts("6.18.0", "kvm_amd", AMD, 48, 43, 23, 49, False, None, True, 47, None)
+    assert host_masks(unknown).notes == ("whether the kernel itself uses SME is not shown: taken for no",)
+    # sme_me_mask is 0 where SYSCFG has encryption off (arch/x86/boot/startup/sme.c sme_enable).
+    off = HostFacts("6.18.0", "kvm_amd", AMD, 48, 48, 23, 49, False, None, False, 47, True)
+    assert host_masks(off).masks == reset_all_pte_masks(48, npt=True)
 
 
 def test_syscfg_that_is_not_shown_is_told_by_the_widths() -> None:
@@ -181,8 +203,13 @@ def test_what_is_taken_for_granted_is_said(facts: HostFacts, word: str) -> None:
 def test_a_parameter_that_is_not_shown_is_on_where_the_processor_can() -> None:
     facts = HostFacts("6.18.0", "kvm_intel", INTEL[:2], 46, 46, l1tf=False, ept_vpid_cap=EPT_VPID_CAP & ~BIT[21])
     assert not host_masks(facts).masks.kvm_ad_enabled
+    assert "taken for N, for the processor has no A/D bits" in host_masks(facts).notes[0]
     facts = HostFacts("6.18.0", "kvm_intel", INTEL[:2], 46, 46, l1tf=False, ept_vpid_cap=EPT_VPID_CAP)
     assert host_masks(facts).masks.kvm_ad_enabled
+    assert "taken for Y, which the processor has" in host_masks(facts).notes[0]
+    facts = HostFacts("6.18.0", "kvm_intel", INTEL[:2], 46, 46, l1tf=False)
+    assert host_masks(facts).masks == reset_all_pte_masks(46).set_ept_masks(True, True)
+    assert len(host_masks(facts).notes) == 2
 
 
 def test_without_a_width_there_is_no_answer() -> None:
@@ -274,20 +301,50 @@ def test_what_kvm_tells() -> None:
 
 
 def test_no_vendor_module_is_lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvmodel.kvm.system.vendor_module", lambda: None)
+    monkeypatch.setattr(hostmasks, "_modules", list)
     with pytest.raises(Lacking, match="no vendor module"):
         host_facts()
+
+
+def test_of_several_vendor_modules_that_are_built_in_the_processor_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for maker, modules, vendor in (
+        ("GenuineIntel", ["kvm_amd", "kvm_intel"], "kvm_intel"),
+        ("CentaurHauls", ["kvm_amd", "kvm_intel"], "kvm_intel"),
+        ("AuthenticAMD", ["kvm_amd", "kvm_intel"], "kvm_amd"),
+        ("HygonGenuine", ["kvm_amd", "kvm_intel"], "kvm_amd"),
+        ("GenuineIntel", ["kvm_pvm"], "kvm_pvm"),
+        ("AuthenticAMD", ["kvm_intel"], "kvm_intel"),
+    ):
+        Asked(monkeypatch, modules, cpuinfo=f"vendor_id\t: {maker}\naddress sizes\t: 46 bits physical\n")
+        assert host_facts().vendor == vendor
+
+
+def test_without_the_extension() -> None:
+    # A vendor module that asks /dev/kvm for what the files do not tell: nothing is told, and that is said.
+    code = (
+        "import sys; sys.modules['hvmodel._native'] = None\n"
+        "from hvmodel.witness import host_masks, hostmasks\n"
+        "hostmasks._modules = lambda: ['kvm_intel']\n"
+        "hostmasks._cpuinfo = lambda: {'address sizes': '46 bits physical', 'bugs': ''}\n"
+        "hostmasks._device = lambda *_: None\n"
+        "hostmasks._parameters = lambda _: (('kvm_intel.ept', 'Y'), ('kvm.mmio_caching', 'Y'))\n"
+        "print(hostmasks._kvm_msr(0x48C), hostmasks._kvm_width())\n"
+        "print(host_masks().masks.kind, len(host_masks().notes))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60, text=True)
+    # The notes: CPUID can't be read, IA32_VMX_EPT_VPID_CAP and eptad are not shown.
+    assert (done.stdout.splitlines(), done.stderr) == (["None None", "ept 3"], "")
 
 
 class Asked:
     """A host of files and devices that are told: what host_facts reads of it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, vendor: str, **files: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, modules: list[str], **files: str) -> None:
         self.cpuid: dict[int, tuple[int, int, int, int]] = {}
         self.msrs: dict[int, int] = {}
         self.kvm_msrs: dict[int, int] = {}
         self.files = {"/proc/cpuinfo": "", **{f"/proc/{name}": text for name, text in files.items()}}
-        monkeypatch.setattr("hvmodel.kvm.system.vendor_module", lambda: vendor)
+        monkeypatch.setattr(hostmasks, "_modules", lambda: modules)
         monkeypatch.setattr(hostmasks, "_read", self.files.get)
         monkeypatch.setattr(hostmasks, "_cpuid", self.cpuid.get)
         monkeypatch.setattr(hostmasks, "_msr", self.msrs.get)
@@ -300,13 +357,18 @@ class Asked:
 
 def test_where_the_ept_capabilities_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "address sizes\t: 46 bits physical, 48 bits virtual\nvmx flags\t: vnmi ept_x_only ept_ad\n\nprocessor: 1\n"
-    host = Asked(monkeypatch, "kvm_intel", cpuinfo=flags)
+    host = Asked(monkeypatch, ["kvm_intel"], cpuinfo=flags)
+    # What KVM tells lacks A/D where it does not use them: it counts last.
+    host.kvm_msrs[0x48C] = BIT[0]
     facts = host_facts()
     assert (facts.ept_vpid_cap, facts.maxphyaddr) == (BIT[0] | BIT[21], 46)
     assert facts.source("ept_vpid_cap").startswith("vmx flags")
-    host.kvm_msrs[0x48C] = BIT[0]
+    host.files["/proc/cpuinfo"] = flags.replace("vmx flags", "flags")
     assert host_facts().ept_vpid_cap == BIT[0]
     assert "KVM_GET_MSRS" in host_facts().source("ept_vpid_cap")
+    host.kvm_msrs[0x48C] = 0  # KVM without "nested"
+    assert host_facts().ept_vpid_cap is None
+    host.files["/proc/cpuinfo"] = flags
     host.msrs[0x48C] = EPT_VPID_CAP
     assert host_facts().ept_vpid_cap == EPT_VPID_CAP
     assert "/dev/cpu/0/msr" in host_facts().source("ept_vpid_cap")
@@ -318,12 +380,12 @@ def test_where_the_ept_capabilities_are_found(monkeypatch: pytest.MonkeyPatch) -
     host.kvm_msrs.clear()
     assert host_facts().ept_vpid_cap is None
     # Nothing of another vendor's is asked for.
-    Asked(monkeypatch, "kvm_pvm", cpuinfo=flags)
+    Asked(monkeypatch, ["kvm_pvm"], cpuinfo=flags)
     assert host_facts().ept_vpid_cap is None
 
 
 def test_where_the_width_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Asked(monkeypatch, "kvm_intel", cpuinfo="address sizes\t: 46 bits physical, 48 bits virtual\nbugs\t: \n")
+    host = Asked(monkeypatch, ["kvm_intel"], cpuinfo="address sizes\t: 46 bits physical, 48 bits virtual\nbugs\t: \n")
     host.kvm_msrs[0x48C] = EPT_VPID_CAP
     host.kvm_width = 52
     # Without EPT a guest has the kernel's width: it tells nothing.
@@ -340,18 +402,32 @@ def test_where_the_width_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_encryption_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Asked(
-        monkeypatch, "kvm_amd", cpuinfo="address sizes\t: 43 bits physical, 48 bits virtual", cmdline="ro quiet"
-    )
-    assert (host_facts().memory_encryption, host_facts().encryption_bit) == (False, None)
+    sizes = "address sizes\t: 43 bits physical, 48 bits virtual\n"
+    host = Asked(monkeypatch, ["kvm_amd"], cpuinfo=sizes)
+
+    def told() -> tuple[bool | None, bool | None, int | None]:
+        facts = host_facts()
+        return facts.memory_encryption, facts.sme, facts.encryption_bit
+
+    assert told() == (None, None, None)
+    assert any("SYSCFG is not shown" in note for note in host_masks().notes)
+    # The kernel clears the flags sme and sev where SYSCFG has encryption off, and sme where it does not use it
+    # (arch/x86/kernel/cpu/amd.c early_detect_mem_encrypt @v6.18, the same in 6.1).
+    for flags, on, sme in (("fpu sme sev", True, True), ("fpu sev", True, False), ("fpu", None, False)):
+        host.files["/proc/cpuinfo"] = f"{sizes}flags\t: {flags}\n"
+        assert told() == (on, sme, None)
+    host.cpuid[0x80000000] = (0x8000001E, 0, 0, 0)
+    assert told() == (False, False, None)
+    assert "has no leaf 0x8000001f" in host_facts().source("sme")
     host.cpuid[0x80000000] = (0x8000001F, 0, 0, 0)
     host.cpuid[0x80000008] = (0x3030, 0, 0, 0)
     host.cpuid[0x8000001F] = (0xF, 0x16F, 0, 0)  # EBX: 5 bits less (11:6), bit 47 (5:0)
     host.msrs[0xC0010010] = BIT[23]
     facts = host_facts()
     assert (facts.maxphyaddr, facts.encryption_bit, facts.memory_encryption, facts.sme) == (48, 47, True, False)
-    host.files["/proc/cmdline"] = "ro mem_encrypt=on quiet"
-    assert host_facts().sme
+    host.files["/proc/cpuinfo"] = f"{sizes}flags\t: fpu sme\n"
+    assert told() == (True, True, 47)
+    assert host_masks().masks.me_value == BIT[47]
     host.msrs[0xC0010010] = ~BIT[23] & (1 << 64) - 1
     assert host_facts().memory_encryption is False
 
