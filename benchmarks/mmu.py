@@ -1,8 +1,9 @@
 """mmu: walks of a live machine's page tables, one by one and many at once; what `import hvmodel.mmu` costs.
 
 A machine whose tables map 2 GiB by pages of 4 KiB (1,024 page tables, 4 MiB of them), at addresses of a kernel, and
-2 GiB more by pages of 2 MiB; addresses at random, others in each turn.  A walk reads every entry from the machine's
-RAM, each time: before anything is timed, all answers are checked, and that a changed entry is seen by the next walk.
+2 GiB more by pages of 2 MiB; addresses at random, others in each turn (of arrays, the next of four).  A walk reads
+every entry from the machine's RAM, each time: before anything is timed, all answers are checked, and that a changed
+entry is seen by the next walk.
 
     walk           Walker.walk(gva), the Walk with its address
     walk_many      an array of addresses to arrays of answers
@@ -14,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from . import harness, imports
 from .harness import BenchmarkError, Pace, Result
@@ -29,6 +31,7 @@ SPAN = 2 << 30
 WALKS = 4_000  # of a turn; the next turn takes the next of
 POOL = 200_000
 MANY = 250_000
+ARRAYS = 4
 
 WALK_BAR = 500_000
 MANY_BAR = 20_000_000
@@ -66,15 +69,17 @@ def _walks(pace: Pace) -> list[Result]:
         small = [KERNEL + rng.randrange(SPAN) for _ in range(pace.count(POOL))]
         large = [LARGE + rng.randrange(SPAN) for _ in range(pace.count(POOL))]
         holes = [HOLE + rng.randrange(SPAN) for _ in range(pace.count(WALKS))]
-        many = np.uint64(KERNEL) + bits.integers(0, SPAN, pace.count(MANY), dtype=np.uint64)
-        mixed = many + bits.choice(np.array([0, LARGE - KERNEL], np.uint64), len(many))
+        many, mixed = [], []
+        for _ in range(ARRAYS):
+            many.append(np.uint64(KERNEL) + bits.integers(0, SPAN, pace.count(MANY), dtype=np.uint64))
+            mixed.append(many[-1] + bits.choice(np.array([0, LARGE - KERNEL], np.uint64), len(many[-1])))
 
         for gvas, levels in ((small, 4), (large, 3)):
             for gva in gvas:
                 walk = walker.walk(gva)
                 if walk.gpa != (gva & SPAN - 1) % RAM or len(walk.entries) != levels:
                     raise BenchmarkError(f"a wrong walk: {walk}")
-        for array in (many, mixed):
+        for array in (*many, *mixed):
             if not (walk_many(walker, array).gpa == (array & np.uint64(RAM - 1))).all():
                 raise BenchmarkError("walk_many leads elsewhere than the tables")
         if any(walker.walk(gva).error_code != 0 for gva in holes) or walk_many(walker, holes).ok.any():
@@ -99,14 +104,21 @@ def _walks(pace: Pace) -> list[Result]:
 
             return turn
 
+        def at_once(arrays: list[Any]) -> Callable[[], float]:
+            def turn() -> float:
+                arrays.append(arrays.pop(0))
+                return harness.per_item_us(lambda: walk_many(walker, arrays[-1]), len(arrays[-1]))
+
+            return turn
+
         best = harness.interleave(
             pace,
             {
                 "small": each(small),
                 "large": each(large),
                 "holes": each(holes),
-                "many": lambda: harness.per_item_us(lambda: walk_many(walker, many), len(many)),
-                "mixed": lambda: harness.per_item_us(lambda: walk_many(walker, mixed), len(mixed)),
+                "many": at_once(many),
+                "mixed": at_once(mixed),
             },
         )
     return [

@@ -85,6 +85,7 @@ def test_all_of_them(documents: list[dict[str, Any]]) -> None:
         "import",
         "kick",
         "lifecycle",
+        "mmu",
         "ram",
         "state",
         "sync",

@@ -31,13 +31,30 @@ KVM_API_VERSION = 12
 def vendor_module() -> str | None:
     """The vendor module that serves /dev/kvm, "kvm_intel", "kvm_amd" or another kvm_*, or None where none is visible.
 
-    Source: /sys/module.
+    Where both are built into the kernel, the one of the processor's maker.  Source: /sys/module, /proc/cpuinfo.
     """
     try:
         names = [name for name in os.listdir("/sys/module") if name.startswith("kvm_")]
     except OSError:
         return None
+    if len(names) > 1:
+        own = {"GenuineIntel": "kvm_intel", "AuthenticAMD": "kvm_amd", "HygonGenuine": "kvm_amd"}.get(_maker())
+        if own in names:
+            return own
     return min(names, default=None)
+
+
+def _maker() -> str:
+    # The processor's maker, as CPUID leaf 0 has it; "" where it cannot be read.
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+            for text in info:
+                name, _, value = text.partition(":")
+                if name.strip() == "vendor_id":
+                    return value.strip()
+    except OSError:
+        pass
+    return ""
 
 
 def _explain_open(path: str, err: int) -> str:

@@ -305,9 +305,10 @@ class Machine:
         """A Walker of the vCPU's page tables, by its registers, PKRU and CPUID as they are now, in RAM in place.
 
         It reads RAM as it is at each walk, but keeps those registers.  RAM that it has views of cannot be unmapped
-        before it is gone, or was closed; `close()` of the machine closes it.  See hvmodel.mmu.Walker and docs/walk.md.
+        before it is gone, or was closed.  `close()` of the machine closes it, and so does a change of `memory` after
+        which RAM or ROM is elsewhere: it raises ClosedError then.  See hvmodel.mmu.Walker and docs/walk.md.
 
-        BusyError where another thread runs the vCPU; ClosedError; what RamBlock.view raises.
+        BusyError where another thread runs the vCPU, and in a MemoryListener; ClosedError; what RamBlock.view raises.
         """
         from .walk import walker
 

@@ -1,7 +1,10 @@
 """Walkers of a live machine: `Machine.walker`, by the vCPU's registers and CPUID, in the RAM as it is, without a copy.
 
-RAM and ROM of the machine's memory are seen where the guest sees them; in ROM, and in RAM whose memslot is read-only, a
-walk leaves A and D alone, as KVM does.
+A walk sees what KVM's walker sees: the memslots that the machine has for its RAM and ROM, of whole pages; where a slot
+is read-only, it leaves A and D alone.  Slots that were set by hand (`m.vm`) are not seen.
+
+    flat view -> KvmMemoryListener -> memslots -> pieces of a GuestMemory -> Walker
+    it changes -> _Watch, told after it: other slots -> the GuestMemory is closed, and walks there raise ClosedError
 
 Source: kernel arch/x86/kvm/mmu/mmu.c kvm_calc_cpu_role, reset_guest_rsvds_bits_mask (what of CPUID counts)@v6.18.
 """
@@ -12,12 +15,18 @@ from _weakref import ref
 
 from .._ffi import ffi
 from ..arch.cpuid import has_feature, max_phys_bits, vendor_of
+from ..errors import BusyError
 from ..mmu.guest_memory import GuestMemory
 from ..mmu.walk import Walker
+from ..ram.kvm_listener import KvmMemoryListener
+from ..ram.listener import MemoryListener
+from ..ram.topology import _the_one as _topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .machine import Machine
+
+    Slot = tuple[int, int, int, bool]  # gpa, size, hva, readonly
 
 __all__ = ["guest_memory", "walker"]
 
@@ -26,21 +35,62 @@ _PKRU = 9  # component of the XSAVE area
 _PDPTRS_VALID = 1
 
 
+class _Watch(MemoryListener):
+    # Closes what walks where the slots are no longer those that it was made of.
+    priority = KvmMemoryListener.priority + 1
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = ref(machine)
+        self._slots = _slots(machine)
+
+    def commit(self) -> None:
+        machine = self._machine()
+        if machine is None or self._slots == (slots := _slots(machine)):
+            return
+        self._slots = slots
+        walked, machine._walked = machine._walked, []
+        for known in walked:
+            if (memory := known()) is not None:
+                memory.close("the machine shows other memory now")
+
+
+def _listeners(machine: Machine) -> list[KvmMemoryListener]:
+    found = [one for one in machine.memory.listeners if isinstance(one, KvmMemoryListener)]
+    return [one for one in found if one.vm is machine.vm and one.address_space_id == 0]
+
+
+def _slots(machine: Machine) -> list[Slot]:
+    # Their ids do not matter, nor whether their writes are logged.
+    found = [slot for one in _listeners(machine) for slot in one.memslots]
+    return [(slot.gpa, slot.size, slot.hva, slot.readonly) for slot in found]
+
+
 def guest_memory(machine: Machine) -> GuestMemory:
     """RAM and ROM of the machine, in place; what is stored there counts as written by the host.
 
-    BufferError and what else RamBlock.view raises.  The machine closes it with itself.
+    BufferError and what else RamBlock.view raises; BusyError in a listener.  The machine closes it with itself, and
+    where the slots change.  Threads: waits for a transaction in another one.
     """
-    pieces = []
-    for at in machine.memory.flatview:
-        block, kind = at.region.block, at.region.kind
-        # What is no whole page is in no memslot; nor is a rom_device that is not in romd mode.
-        if block is not None and kind != "i/o" and not (at.start | at.size) % 4096:
-            pieces.append((at.start, block.view(at.offset_in_region, at.size), kind == "ram"))
-    memory = GuestMemory(pieces, write=machine.write)
-    machine._walked = [known for known in machine._walked if known() is not None]
-    machine._walked.append(ref(memory))
-    return memory
+    with _topology._lock:
+        if not any(isinstance(one, _Watch) for one in machine.memory.listeners):
+            machine.memory.add_listener(_Watch(machine))
+        memory = GuestMemory(_pieces(machine), write=machine.write)
+        machine._walked = [known for known in machine._walked if known() is not None]
+        machine._walked.append(ref(memory))
+        return memory
+
+
+def _pieces(machine: Machine) -> list[tuple[int, memoryview, bool]]:
+    found = []
+    for listener in _listeners(machine):
+        for slot in listener.memslots:
+            section = listener.section_of(slot.slot)
+            if section is None or section.region.block is None:
+                raise BusyError("Machine.walker", "the machine's memory", "this is a listener of a change of it")
+            block = section.region.block
+            offset = section.offset_within_region + slot.gpa - section.offset_within_address_space
+            found.append((slot.gpa, block.view(offset, slot.size), not (slot.readonly or block.readonly)))
+    return found
 
 
 def _pkru(machine: Machine) -> int:
@@ -68,7 +118,8 @@ def walker(machine: Machine) -> Walker:
     return Walker(
         guest_memory(machine),
         cr0=sregs.cr0,
-        cr3=sregs.cr3,
+        # Below long mode bits 63:32 are ignored (Intel SDM volume 3, tables 5-3 and 5-7).
+        cr3=sregs.cr3 if sregs.efer & _LMA else sregs.cr3 & 0xFFFFFFFF,
         cr4=sregs.cr4,
         efer=sregs.efer,
         rflags=rflags,

@@ -111,6 +111,10 @@ if TYPE_CHECKING:
         kvm_page_table_hashfn,
     )
     from .permission import (
+        ACC_ALL,
+        ACC_EXEC_MASK,
+        ACC_USER_MASK,
+        ACC_WRITE_MASK,
         PFERR_FETCH_MASK,
         PFERR_GUEST_FINAL_MASK,
         PFERR_GUEST_PAGE_MASK,
@@ -158,10 +162,6 @@ if TYPE_CHECKING:
     from .shadow_page import HostMemory, HostPage, MmuEvent, ShadowPage, SimSlot
     from .simulate import ShadowMmu, SimAccess
     from .spte import (
-        ACC_ALL,
-        ACC_EXEC_MASK,
-        ACC_USER_MASK,
-        ACC_WRITE_MASK,
         MMIO_SPTE_GEN_MASK,
         SPTE_BASE_ADDR_MASK,
         SPTE_LAYOUTS,
@@ -322,6 +322,10 @@ _HOME = {
     ),
     "guest_memory": ("GuestMemory",),
     "permission": (
+        "ACC_ALL",
+        "ACC_EXEC_MASK",
+        "ACC_USER_MASK",
+        "ACC_WRITE_MASK",
         "PFERR_FETCH_MASK",
         "PFERR_GUEST_FINAL_MASK",
         "PFERR_GUEST_PAGE_MASK",
@@ -399,10 +403,6 @@ _HOME = {
     "shadow_page": ("HostMemory", "HostPage", "MmuEvent", "ShadowPage", "SimSlot"),
     "simulate": ("ShadowMmu", "SimAccess"),
     "spte": (
-        "ACC_ALL",
-        "ACC_EXEC_MASK",
-        "ACC_USER_MASK",
-        "ACC_WRITE_MASK",
         "MMIO_SPTE_GEN_MASK",
         "SPTE_BASE_ADDR_MASK",
         "SPTE_LAYOUTS",

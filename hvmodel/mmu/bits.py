@@ -141,7 +141,7 @@ class Decoded(Value):
     def table(self) -> str:
         """The fields as a table of text, a line each, with the problems below."""
         rows = [("bits", "field", "value", "meaning"), *self.rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.title} {self._number()}"]
         for bits, name, value, meaning in rows:
             lines.append(f"  {bits:>{widths[0]}}  {name:<{widths[1]}}  {value:<{widths[2]}}  {meaning}".rstrip())

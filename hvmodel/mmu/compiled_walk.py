@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from ..arch.number import number
 from .guest_memory import GuestMemory, Tables
-from .permission import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, _permission_fault, check_access
-from .walk import GuestMmu, Update, Walk, walk_addr
+from .permission import ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, _is_forbidden, _permission_fault, check_access
+from .walk import _ADDRESS, GuestMmu, Update, Walk, walk_addr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _MOST = 1 << 16  # values in one dict; then it begins anew
 _codes: dict[str, CodeType] = {}  # by text: compiling costs more than all the rest
 _MOST_CODES = 64
 _KEYS = 0xF << 59
-_ADDRESS = (1 << 52) - 1
 
 
 class Functions:
@@ -92,12 +91,9 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
         root = mmu.pdptrs
     elif mmu.kind in ("paging64", "paging32"):
         root = memory.table(mmu.root, 32 if mmu.level == 3 else 4096, code)
-    allowed = [_is_allowed(mmu, rights, access) for rights in range(8)]
-    held = Tables(mmu.level + 1)  # alive as long as `slow` is, and no longer
-    tables = held.levels
-    memory.keep(held)
-    if isinstance(root, memoryview):
-        tables[0][0] = root
+    allowed = [not _is_forbidden(mmu.permissions, rights, access, mmu.rflags_ac) for rights in range(8)]
+    held = Tables(mmu.level, root if isinstance(root, memoryview) else None)
+    memory.keep(held)  # alive as long as `slow` is, and no longer
 
     def meaning(level: int, entry: int) -> memoryview | None:
         # The table that an entry above level 1 leads to, if the straight way goes on there.
@@ -108,18 +104,15 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
             return None
         if not is_pdpte and _restricts(allowed, mmu.gpte_access(entry)):
             return None
-        return memory.table(mmu.entry_gpa(entry, level - 1, 0), 4096, code)
+        return memory.table(mmu.gpa_of(entry, 1, 0), 4096, code)
 
     def slow(gva: int) -> Walk:
         walk = plain(gva)
-        level = mmu.level
-        for entry in walk._values if root is not None else ():
-            known = tables[level]
-            if level > 1 and entry not in known:
+        for (level, known), entry in zip(held.levels.items(), walk._values if root is not None else (), strict=False):
+            if entry not in known:
                 if len(known) >= _MOST:
                     known.clear()
                 known[entry] = meaning(level, entry)
-            level -= 1
         if memory.closed:
             held.release()  # another thread has closed it meanwhile
         return walk
@@ -135,7 +128,7 @@ def _compiled(mmu: GuestMmu, memory: GuestMemory, access: int, other: object = N
         text.append(" return slow(gva)")
     else:
         text += _straight(mmu, allowed, access, scope, bits)
-    scope |= {f"d{level}": tables[level] for level in range(2, mmu.level + 1)}
+    scope |= {f"d{level}": known for level, known in held.levels.items()}
     made: dict[str, Callable[..., Callable[..., Walk]]] = {}
     exec(_code(f"def make({', '.join(scope)}):\n " + "\n ".join(text) + "\n return walk\n"), made)
     return made["make"](**scope)
@@ -185,11 +178,6 @@ def _top(level: int, bits: int) -> dict[int, int]:
     return {at if at < 256 else high + at - 256: at for at in range(512)}
 
 
-def _is_allowed(mmu: GuestMmu, rights: int, access: int) -> bool:
-    # By the rights of the entries; protection keys come on top.
-    return not _permission_fault(mmu.permissions, 0, rights, 0, access, 0, mmu.rflags_ac)
-
-
 def _restricts(allowed: list[bool], own: int) -> bool:
     # Whether an entry with these rights can forbid what the entries below it allow.
     return any(allowed[rights] and not allowed[rights & own] for rights in range(8))
@@ -197,7 +185,7 @@ def _restricts(allowed: list[bool], own: int) -> bool:
 
 def _wanted(mmu: GuestMmu, level: int, allowed: list[bool], access: int) -> tuple[int, int]:
     # Bits that are 1, and bits that are 0, in a last entry of this level that allows the access for sure.
-    ones, zeros = 1, mmu.rsvd.rsvd_bits_mask[level > 1][level - 1]
+    ones, zeros = 1, mmu.rsvd.rsvd_bits_mask[1][level - 1]  # of level 1, where bit 7 is PAT, both masks are the same
     if level > 1:
         ones |= 0x80
     # Each right is one that the access needs, one that it must not find, or one that does not matter.
@@ -231,12 +219,12 @@ def _leaf(
     indent: str,
 ) -> list[str]:
     # Returns with the Walk where the entry of this level is a last one that allows the access; else goes on.
-    if level > 3 or (level > 1 and not mmu.is_last(0x81, level)):
+    if not mmu.is_last(0x80, level):
         return []
     ones, zeros = _wanted(mmu, level, allowed, access)
     if ones & zeros:
         return []
-    bits, split, last = (10, 22, 0xFFFFFFFF) if mmu.kind == "paging32" else (9, 30, _ADDRESS)
+    bits, last = (10, 0xFFFFFFFF) if mmu.kind == "paging32" else (9, _ADDRESS)
     name, offset = values[-1], (1 << 12 + bits * (level - 1)) - 1
     frame = f"{name} & {last & ~offset:#x}"
     if bits == 10 and level == 2 and mmu.pse36:
@@ -246,7 +234,7 @@ def _leaf(
         f"{indent}if {name} & {ones | zeros:#x} == {ones:#x}:",
         f"{indent} w = Walk()",
         f"{indent} w._gva = gva",
-        f"{indent} w._gpa = {frame} | {'low' if offset < 1 << split else 'gva'} & {offset:#x}",
+        f"{indent} w._gpa = {frame} | low & {offset:#x}",
         f"{indent} w._head = head{level}",
         f"{indent} w._values = {', '.join(values)}{',' if len(values) == 1 else ''}",
         f"{indent} return w",

@@ -50,7 +50,8 @@ class GuestMemory:
         found: list[tuple[int, int, memoryview, bool]] = []
         if not hasattr(pieces, "__iter__"):
             raise ArgumentTypeError(call, "pieces", pieces, "pieces, each (gpa, buffer) or (gpa, buffer, writable)")
-        for piece in pieces:
+        given: Iterable[object] = pieces
+        for piece in given:
             if not isinstance(piece, tuple) or len(piece) not in (2, 3):
                 raise ArgumentTypeError(call, "pieces", piece, "(gpa, buffer) or (gpa, buffer, writable)")
             gpa = number(call, "gpa", piece[0], _LAST)
@@ -62,7 +63,7 @@ class GuestMemory:
                 accepted = "writable only where the buffer is, or with `write`"
                 raise ArgumentError(call, "pieces", (gpa, view.nbytes, True), accepted, "its buffer is read-only")
             found.append((gpa, gpa + view.nbytes, view, writable))
-        found.sort(key=lambda piece: piece[0])
+        found.sort(key=lambda piece: piece[:2])
         end = 0
         for start, stop, _, _ in found:
             if start < end:
@@ -199,24 +200,30 @@ class GuestMemory:
 
 
 class Tables:
-    """What a compiled walk knows of its memory: by level, the table that an entry's value leads to, or None."""
+    """What a compiled walk knows of its memory: by level, the table that an entry's value leads to, or None.
 
-    __slots__ = ("__weakref__", "levels")
+    `level`: of the root table, which `root` is a view of, if there is one.  Entries of level 1 lead to no table.
+    """
 
-    def __init__(self, levels: int) -> None:
-        self.levels: list[dict[int, memoryview | None]] = [{} for _ in range(levels)]
+    __slots__ = ("__weakref__", "levels", "root")
+
+    def __init__(self, level: int, root: memoryview | None) -> None:
+        self.levels: dict[int, dict[int, memoryview | None]] = {at: {} for at in range(level, 1, -1)}
+        self.root = root
 
     def release(self) -> None:
         """Let go of them all."""
-        for known in self.levels:
+        for known in self.levels.values():
             for view in list(known.values()):
                 if view is not None:
                     _release(view)
             known.clear()
+        if self.root is not None:
+            _release(self.root)
 
 
 def _release(view: memoryview) -> None:
-    try:
+    try:  # noqa: SIM105 (not worth importing contextlib)
         view.release()
     except BufferError:
         pass  # an array is made from it; it goes with that

@@ -88,8 +88,8 @@ def kernel_version(text: str, call: str = "kernel_version") -> tuple[int, int]:
 
 
 def _bits(low: int, high: int) -> int:
-    # Bits low to high, both included; 0 where high is below low (rsvd_bits of arch/x86/kvm/mmu.h).
-    return (1 << high + 1) - (1 << low) if high >= low else 0
+    # Bits low to high, both included.
+    return (1 << high + 1) - (1 << low)
 
 
 class ShadowMasks(Value):
@@ -293,9 +293,9 @@ def reset_all_pte_masks(
         me_mask=0,
         host_writable_mask=1 << 9,
         mmu_writable_mask=1 << 10,
-        mmio_value=0,
-        mmio_mask=0,
-        mmio_access_mask=0,
+        mmio_value=value,  # these three and enable_mmio_caching: see the last line
+        mmio_mask=value,
+        mmio_access_mask=value,
         memtype_mask=0,
         nonpresent_or_rsvd_mask=rsvd,
         nonpresent_or_rsvd_lower_gfn_mask=_bits(12, low_phys_bits - 1),

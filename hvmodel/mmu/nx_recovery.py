@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import errno
 
-from ..arch.number import number
+from ..arch.number import ALL, number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..value import Value
 
@@ -59,7 +59,6 @@ _SLOWEST_RATIO = 3600  # that makes a period of one second
 
 _TRUE = ("e", "E", "y", "Y", "t", "T", "1")
 _FALSE = ("d", "D", "n", "N", "f", "F", "0")
-_U64_DIGITS = 22  # of the longest number of 64 bits, in octal
 
 
 def recovery_period_ms(nx_huge_pages: bool, ratio: int, period_ms: int) -> int | None:
@@ -300,13 +299,16 @@ def _kstrtobool(text: str) -> bool | None:
 
 
 def _kstrtouint(text: str) -> int | SetAnswer:
-    # kstrtouint with base 0: decimal, 0x, or octal with a leading 0; one sign +, one line's end.
+    # kstrtouint with base 0: decimal, 0x, or octal with a leading 0; one sign +, one line's end.  Digits that make more
+    # than 64 bits are told before what stands behind them (lib/kstrtox.c _kstrtoull).
     digits = text.removesuffix("\n").removeprefix("+")
     base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[:1] == "0" else 10
-    digits = digits[2:] if base == 16 else digits
-    if not digits or any(digit not in "0123456789abcdef"[:base] for digit in digits.lower()):
+    digits = (digits[2:] if base == 16 else digits).lower()
+    alphabet = "0123456789abcdef"[:base]
+    rest = digits.lstrip(alphabet)
+    value = 0
+    for digit in digits.removesuffix(rest):
+        value = value * base + alphabet.index(digit)
+    if (rest or not digits) and value <= ALL:
         return SetAnswer(errno.EINVAL)
-    if len(digits.lstrip("0")) > _U64_DIGITS:
-        return SetAnswer(errno.ERANGE)
-    value = int(digits, base)
     return value if value <= _UINT_MAX else SetAnswer(errno.ERANGE)

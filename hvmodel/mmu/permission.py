@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 ACC_EXEC_MASK, ACC_WRITE_MASK, ACC_USER_MASK, ACC_ALL = 1, 2, 4, 7
+"""The bits of `pte_access` and of a role's `access`."""
 
 PFERR_PRESENT_MASK = 1
 PFERR_WRITE_MASK = 1 << 1
@@ -161,13 +162,17 @@ def check_access(call: str, access: int) -> int:
 def _permission_fault(
     permissions: bytes, pkru_mask: int, pte_access: int, pte_pkey: int, access: int, pkru: int, rflags_ac: bool
 ) -> int:
-    not_smap = PFERR_RSVD_MASK if rflags_ac and not access & PFERR_IMPLICIT_ACCESS else 0
-    pfec = access & _KINDS
-    fault = permissions[(pfec | not_smap) >> 1] >> pte_access & 1
+    fault = _is_forbidden(permissions, pte_access, access, rflags_ac)
     errcode = PFERR_PRESENT_MASK
     if pkru_mask:
-        at = pfec | (PFERR_RSVD_MASK if pte_access & ACC_USER_MASK else 0)
+        at = access & _KINDS | (PFERR_RSVD_MASK if pte_access & ACC_USER_MASK else 0)
         if pkru >> pte_pkey * 2 & pkru_mask >> at & 3:
             fault = 1
             errcode |= PFERR_PK_MASK
     return errcode if fault else 0
+
+
+def _is_forbidden(permissions: bytes, pte_access: int, access: int, rflags_ac: bool) -> int:
+    # By the rights of the entries; protection keys come on top.
+    not_smap = PFERR_RSVD_MASK if rflags_ac and not access & PFERR_IMPLICIT_ACCESS else 0
+    return permissions[(access & _KINDS | not_smap) >> 1] >> pte_access & 1

@@ -63,9 +63,8 @@ def _roots(mmu: ShadowMmu) -> Iterator[tuple[str, int, ShadowPage]]:
     # (name, CR3, page) of the root in use, then of those kept.
     named = [("root", mmu.root), *((f"kept root {i}", root) for i, root in enumerate(mmu.prev_roots))]
     for name, root in named:
-        for sp in root.pages if root is not None else ():
-            if sp is not None:
-                yield name, 0 if root is None else root.pgd, sp
+        if root is not None:
+            yield from ((name, root.pgd, sp) for sp in root.pages if sp is not None)
 
 
 def tree(mmu: ShadowMmu) -> str:

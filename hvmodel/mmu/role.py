@@ -36,6 +36,7 @@ from ..errors import ArgumentError
 from ..value import Value
 from .bits import BitLayout, Field
 from .levels import LEVEL_NAMES
+from .permission import ACC_ALL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ __all__ = [
     "tdp_root_role",
 ]
 
-_ACC_ALL = 7
 _PAE_ROOT_LEVEL = 3
 
 # Bits of the registers that a role depends on.
@@ -346,7 +346,7 @@ def decode_cpu_role(word: int, *, version: str = "6.18") -> Decoded:
 
 def _base(cr0: int, cr4: int, efer: int, smm: bool, guest_mode: bool) -> int:
     # kvm_calc_cpu_role, of registers that go together.
-    word = _ACC_ALL << 8 | smm << 24 | guest_mode << 17
+    word = ACC_ALL << 8 | smm << 24 | guest_mode << 17
     ext = 1
     if not cr0 & _CR0_PG:
         return ext << 32 | word | 1 << 7
@@ -431,7 +431,7 @@ def tdp_root_role(
     ('0x3784', '0x13784')
     """
     level = number("tdp_root_role", "level", level, 5, 3)
-    word = level | 1 << 7 | _ACC_ALL << 8 | 1 << 12 | 1 << 13
+    word = level | 1 << 7 | ACC_ALL << 8 | 1 << 12 | 1 << 13
     word |= (not ad_enabled) << 16 | bool(guest_mode) << 17 | bool(mirror) << 19 | bool(smm) << 24
     return PageRole(word)
 
@@ -446,7 +446,7 @@ def nested_ept_role(level: int = 4, *, accessed_dirty: bool = False, execonly: b
 ext=ExtendedRole(valid=1, execonly=1))
     """
     level = number("nested_ept_role", "level", level, 5, 4)
-    word = level | _ACC_ALL << 8 | (not accessed_dirty) << 16 | 1 << 17
+    word = level | ACC_ALL << 8 | (not accessed_dirty) << 16 | 1 << 17
     return CpuRole((1 | bool(execonly) << 1) << 32 | word)
 
 
@@ -482,14 +482,14 @@ def child_role(parent: PageRole, access: int, direct: bool, *, index: int = 0) -
     PageRole(level=3, access=5, efer_nx=1, cr0_wp=1)
     """
     word, level = parent.word, parent.level
-    access = number("child_role", "access", access, _ACC_ALL)
+    access = number("child_role", "access", access, ACC_ALL)
     index = number("child_role", "index", index, 511)
     if level < 2:
         raise ArgumentError("child_role", "parent", parent, "a role of level 2 or more", "there is no table below")
     if parent.has_4_byte_gpte and level != 2:
         accepted = "a role of level 2"
         raise ArgumentError("child_role", "parent", parent, accepted, "2-level paging has tables of levels 2 and 1")
-    word = word & ~(0xF | 1 << 7 | _ACC_ALL << 8 | 1 << 18) | level - 1 | bool(direct) << 7 | access << 8
+    word = word & ~(0xF | 1 << 7 | ACC_ALL << 8 | 1 << 18) | level - 1 | bool(direct) << 7 | access << 8
     if word & 1 << 4:
         word = word & ~(3 << 5) | (index & 1) << 5
     return PageRole(word)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from ..arch.number import number
 from ..errors import ArgumentError
 from ..value import Value
-from .levels import KVM_MAX_HUGEPAGE_LEVEL, gfn_round_for_level, pages_per_hpage
+from .levels import gfn_round_for_level, pages_per_hpage
 from .page_hash import kvm_page_table_hashfn
 from .role import PageRole
 from .spte import is_last_spte, is_shadow_present_pte
@@ -33,6 +33,7 @@ __all__ = ["HostMemory", "HostPage", "MmuEvent", "PageBook", "ShadowPage", "SimS
 _INVALID = 1 << 11  # of a page role
 _LOG_DIRTY, _READONLY = 1, 2  # KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 _MAX_GFN = (1 << 40) - 1
+_LARGE_LEVELS = (2, 3)  # up to KVM_MAX_HUGEPAGE_LEVEL
 
 
 class MmuEvent(Value):
@@ -90,7 +91,7 @@ class ShadowPage:
         "write_flooding_count",
     )
 
-    def __init__(self, gfn: int, role: PageRole, pa: int, valid_gen: int = 0) -> None:
+    def __init__(self, gfn: int, role: PageRole, pa: int, valid_gen: int) -> None:
         self.gfn, self.role, self.pa, self.valid_gen = gfn, role.word, pa, valid_gen
         self.level, self.access, self.direct = role.level, role.access, bool(role.direct)
         self.gpte_bytes = 4 if role.has_4_byte_gpte else 8
@@ -200,14 +201,10 @@ class SimSlot:
         # What of a slot's ends, or of its place in the host, is no whole large page (kvm_alloc_memslot_metadata).
         self._cut: set[tuple[int, int]] = set()
         self._shifted: set[int] = set()
-        end = base_gfn + npages
-        for level in range(2, KVM_MAX_HUGEPAGE_LEVEL + 1):
-            pages = pages_per_hpage(level)
-            if base_gfn % pages:
-                self._cut.add((level, gfn_round_for_level(base_gfn, level)))
-            if end % pages:
-                self._cut.add((level, gfn_round_for_level(end, level)))
-            if (base_gfn - (self.hva >> 12)) % pages:
+        outside = [base_gfn + npages, *([base_gfn - 1] if base_gfn else [])]  # the frames beside it
+        for level in _LARGE_LEVELS:
+            self._cut |= {(level, gfn_round_for_level(gfn, level)) for gfn in outside}
+            if (base_gfn - (self.hva >> 12)) % pages_per_hpage(level):
                 self._shifted.add(level)
 
     def __contains__(self, gfn: int) -> bool:
@@ -233,7 +230,7 @@ class SimSlot:
 
     def count_disallow(self, gfn: int, by: int) -> None:
         """One table more or less keeps this frame from being part of a large page."""
-        for level in range(2, KVM_MAX_HUGEPAGE_LEVEL + 1):
+        for level in _LARGE_LEVELS:
             key = level, gfn_round_for_level(gfn, level)
             self.disallow[key] = self.disallow.get(key, 0) + by
 

@@ -27,7 +27,6 @@ __all__ = ["Root", "ShadowRoots"]
 
 _NUM_PREV_ROOTS = 3  # KVM_MMU_NUM_PREV_ROOTS
 _P = 1
-_ADDRESS = (1 << 52) - (1 << 12)
 
 
 class Root:
@@ -109,37 +108,27 @@ class ShadowRoots(ShadowTree):
 
     def _load(self) -> None:
         # kvm_mmu_load
-        level = self.root_role.level
         if self.root_role.direct:
             self._make_available()
-            gfns = [i << 18 for i in range(4)] if level == 3 else [0]
-            pages = [self._alloc_root(gfn, 0, 2 if level == 3 else level) for gfn in gfns]
-            self.root = Root(self.cr3, tuple(pages))
+            self.root = Root(self.cr3, tuple([self._alloc_root(i << 18, 0, 2) for i in range(4)]))
             return
-        pgd = self.cr3
-        root_gfn = (pgd & _ADDRESS) >> 12
+        root_gfn = self.guest.root >> 12
         if self.slot_at(root_gfn) is None:
-            self.root = Root(pgd, (None,))
+            self.root = Root(self.cr3, (None,))
             return
         self._make_available()
         if self._level >= 4:
-            self.root = Root(pgd, (self._alloc_root(root_gfn, 0, level),))
+            self.root = Root(self.cr3, (self._alloc_root(root_gfn, 0, self._level),))
+        elif self._level == 3:
+            self.root = Root(self.cr3, tuple([self._pae_root(index) for index in range(4)]))
         else:
-            found: list[ShadowPage | None] = []
-            for quadrant in range(4):
-                gfn = root_gfn
-                if self._level == 3:
-                    pdpte = self._pdpte(quadrant)
-                    gfn = (pdpte & _ADDRESS) >> 12
-                    if not pdpte & _P or self.slot_at(gfn) is None:
-                        found.append(None)
-                        continue
-                found.append(self._alloc_root(gfn, quadrant if self._level == 2 else 0, 2))
-            self.root = Root(pgd, tuple(found))
+            self.root = Root(self.cr3, tuple([self._alloc_root(root_gfn, quadrant, 2) for quadrant in range(4)]))
         self._sync_roots()
 
-    def _pdpte(self, index: int) -> int:
-        return int.from_bytes(self._read((self.cr3 & 0xFFFFFFE0) + 8 * index, 8), "little")
+    def _pae_root(self, index: int) -> ShadowPage | None:
+        pdpte = int.from_bytes(self._read(self.guest.entry_gpa(0, 3, index << 30), 8), "little")
+        gfn = self.guest.gpa_of(pdpte, 1, 0) >> 12
+        return self._alloc_root(gfn, 0, 2) if pdpte & _P and self.slot_at(gfn) is not None else None
 
     def _alloc_root(self, gfn: int, quadrant: int, level: int) -> ShadowPage:
         # mmu_alloc_root

@@ -17,6 +17,8 @@ Source: linux:arch/x86/kvm/mmu/mmu.c @v6.18.
 
 from __future__ import annotations
 
+from itertools import count
+
 from ..errors import ArgumentError
 from .guest_memory import GuestMemory
 from .levels import gfn_round_for_level
@@ -78,7 +80,7 @@ class ShadowTree:
         self.max_pages = _MIN_ALLOC_PAGES
         #: The kvm module's parameter of this name, which kernels with kvm_pvm have.
         self.eager_zap_unsync_children = bool(eager_zap_unsync_children)
-        self._spt_pa = iter(range(_FIRST_PA, 1 << 46, _PAGE)).__next__ if spt_pa is None else spt_pa
+        self._spt_pa = count(_FIRST_PA, _PAGE).__next__ if spt_pa is None else spt_pa
         self._free_obsolete = False  # KVM_REQ_MMU_FREE_OBSOLETE_ROOTS
         for slot in slots:
             self._add_slot(slot)

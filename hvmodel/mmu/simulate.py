@@ -29,8 +29,9 @@ from __future__ import annotations
 from ..arch.number import number
 from ..errors import ArgumentError
 from ..value import Value
+from .fault import RET_PF_EMULATE, RET_PF_FIXED, RET_PF_RETRY, RET_PF_SPURIOUS, RET_PF_WRITE_PROTECTED
 from .guest_memory import GuestMemory
-from .levels import gfn_round_for_level, pages_per_hpage, shadow_pt_index
+from .levels import PG_LEVEL_2M, PG_LEVEL_4K, gfn_round_for_level, pages_per_hpage, shadow_pt_index
 from .permission import (
     ACC_EXEC_MASK,
     ACC_USER_MASK,
@@ -76,7 +77,6 @@ _P, _W, _A, _D = 1, 2, 1 << 5, 1 << 6
 _NOSLOT = 1 << 63  # KVM_PFN_NOSLOT
 _PAGE = 4096
 _KINDS = {"load": 0, "store": PFERR_WRITE_MASK, "fetch": PFERR_FETCH_MASK}
-_RET_PF_RETRY, _RET_PF_EMULATE, _RET_PF_WRITE_PROTECTED, _RET_PF_FIXED, _RET_PF_SPURIOUS = 1, 2, 3, 5, 6
 
 
 class SimAccess(Value):
@@ -114,33 +114,39 @@ class _Fault:
     # A page fault on its way (struct kvm_page_fault).
     __slots__ = (
         "addr", "exec", "gfn", "goal_level", "huge_page_disallowed", "map_writable", "max_level", "pfn", "present",
-        "req_level", "rsvd", "slot", "to_shadow_pgtable", "user", "write",
+        "rsvd", "slot", "user", "write",
     )  # fmt: skip
+
+    # What it leads to, once that is known.
+    gfn: int
+    slot: SimSlot | None
+    max_level: int
+    pfn: int
+    map_writable: bool
 
     def __init__(self, addr: int, code: int) -> None:
         self.addr = addr
         self.exec, self.write = bool(code & PFERR_FETCH_MASK), bool(code & PFERR_WRITE_MASK)
         self.present, self.user = bool(code & PFERR_PRESENT_MASK), bool(code & PFERR_USER_MASK)
         self.rsvd = bool(code & PFERR_RSVD_MASK)
-        self.max_level, self.req_level, self.goal_level = 3, 1, 1
-        self.gfn = self.pfn = 0
-        self.slot: SimSlot | None = None
-        self.map_writable = self.huge_page_disallowed = self.to_shadow_pgtable = False
+        self.goal_level = PG_LEVEL_4K
+        self.huge_page_disallowed = False
 
 
 class ShadowMmu(ShadowRoots):
     """The shadow MMU of a VM with one vCPU; see the module's text.
 
-    `masks`: the shadow_* masks, of kind "shadow".  `memory`: guest memory, `read(gpa, size)` and `write(gpa, data)`;
-    the model sets A and D there, and makes the guest's writes.  `slots`: the memory slots.  `host`: the host's pages.
-    `cr0`, `cr3`, `cr4`, `efer`: the registers.  `maxphyaddr`, `gbpages`, `amd`: of the guest's CPUID.
-    `nx_huge_pages`: KVM's mitigation is on.  `max_huge_page_level`: 2 or 3.  `max_pages`: shadow pages that KVM may
-    have, by default what it computes of the slots.  `spt_pa`: gives each new shadow page the address of its entries.
+    `masks`: the shadow_* masks, of kind "shadow".  `memory`: guest memory: bytes that begin at gpa 0, pieces of (gpa,
+    buffer), or a GuestMemory; the model sets A and D there, and makes the guest's writes.  `slots`: the memory slots.
+    `host`: the host's pages.  `cr0`, `cr3`, `cr4`, `efer`: the registers.  `maxphyaddr`, `gbpages`, `amd`: of the
+    guest's CPUID.  `nx_huge_pages`: KVM's mitigation is on.  `max_huge_page_level`: 2 or 3.  `max_pages`: shadow pages
+    that KVM may have, by default what it computes of the slots.  `spt_pa`: gives each new shadow page the address of
+    its entries.
 
     Where kernels differ from v6.18: those with kvm_pvm have a parameter of the kvm module `eager_zap_unsync_children`,
-    and v6.18 does as with that on.  `emulation_batch`: kvm_pvm emulates many instructions of CPL 0 at a time, and between
-    them KVM does nothing that it was asked for but load a missing root; so the synchronisation that MOV to CR3 asks for
-    waits until the guest is entered again (v6.18 enters it before each).
+    and v6.18 does as with that on.  `emulation_batch`: kvm_pvm emulates many instructions of CPL 0 at a time; between
+    them KVM does nothing that it was asked for but load a missing root.  So the synchronisation that MOV to CR3 asks
+    for waits until the guest is entered again (v6.18 enters it before each).
 
     ArgumentError: masks of another kind; slots that overlap; registers as `calc_cpu_role`.  One thread at a time.
 
@@ -262,9 +268,9 @@ class ShadowMmu(ShadowRoots):
                     self._inject(gva, result)
                     return SimAccess(fault=result)
                 ret = self._paging_page_fault(fault, result)
-            if ret == _RET_PF_EMULATE:
+            if ret == RET_PF_EMULATE:
                 return SimAccess(mmio=fault.gfn << 12 | gva % _PAGE)
-            if ret == _RET_PF_WRITE_PROTECTED:
+            if ret == RET_PF_WRITE_PROTECTED:
                 return self._emulate_store(gva, access, data)
         raise AssertionError(f"{kind} at {gva:#x} does not end")
 
@@ -301,7 +307,7 @@ class ShadowMmu(ShadowRoots):
     def read(self, gva: int, size: int = 8, *, fetch: bool = False) -> SimAccess:
         """A load, or a fetch, at CPL 0 made by KVM's emulator."""
         self._enter()
-        result = self._walk_addr(number("ShadowMmu.read", "gva", gva), PFERR_FETCH_MASK if fetch else 0)
+        result = self._walk_addr(number("ShadowMmu.read", "gva", gva), bool(fetch) * PFERR_FETCH_MASK)
         if isinstance(result, int):
             self._inject(gva, result)
             return SimAccess(fault=result)
@@ -545,7 +551,7 @@ class ShadowMmu(ShadowRoots):
         if self._handle_page_track(fault):
             for sp, _ in self._shadow_walk(fault.addr):
                 sp.write_flooding_count = 0
-            return _RET_PF_WRITE_PROTECTED
+            return RET_PF_WRITE_PROTECTED
         ret = self._faultin_pfn(fault)
         if ret:
             return ret
@@ -556,7 +562,7 @@ class ShadowMmu(ShadowRoots):
                 walk.pte_access &= ~ACC_EXEC_MASK
         self._make_available()
         if self._is_stale():
-            return _RET_PF_RETRY
+            return RET_PF_RETRY
         return self._fetch(fault, walk)
 
     def _is_stale(self) -> bool:
@@ -577,11 +583,11 @@ class ShadowMmu(ShadowRoots):
         slot = fault.slot
         if slot is None:
             if not self.masks.enable_mmio_caching:
-                return _RET_PF_EMULATE
+                return RET_PF_EMULATE
             fault.pfn, fault.map_writable = _NOSLOT, False
             return 0
         if slot.readonly and fault.write:
-            return _RET_PF_EMULATE
+            return RET_PF_EMULATE
         page: HostPage | None = self.host.fault_in(fault.gfn, fault.write)
         if page is None:
             raise ArgumentError("ShadowMmu.access", "gva", fault.addr, "memory that the host has", "KVM_RUN: EFAULT")
@@ -603,17 +609,17 @@ class ShadowMmu(ShadowRoots):
     def _fetch(self, fault: _Fault, walk: _Walk) -> int:
         # FNAME(fetch)
         if self._gpte_changed(walk, max(walk.gptes)):
-            return _RET_PF_RETRY
+            return RET_PF_RETRY
         at = self._fetch_tables(fault, walk)
         if at is None:
-            return _RET_PF_RETRY
+            return RET_PF_RETRY
         self._hugepage_adjust(fault)
         inside = pages_per_hpage(fault.goal_level) - 1
         self._event(MmuEvent("spte_requested", fault.gfn, pfn=fault.pfn | fault.gfn & inside, level=fault.goal_level))
         sp, index = self._fetch_direct(fault, walk.pte_access, *at)
         base = gfn_round_for_level(fault.gfn, sp.level)
         ret = self._set_spte(sp, index, walk.pte_access, base, fault.pfn, fault.slot, fault)
-        if ret != _RET_PF_SPURIOUS:
+        if ret != RET_PF_SPURIOUS:
             self._pte_prefetch(walk, sp, index)
         return ret
 
@@ -631,8 +637,6 @@ class ShadowMmu(ShadowRoots):
                 return None
             if child is not None:
                 self._link(sp, index, child)
-            if fault.write and walk.table_gfn(below) == fault.gfn:
-                fault.to_shadow_pgtable = True
         return None
 
     def _fetch_direct(self, fault: _Fault, access: int, sp: ShadowPage, index: int) -> tuple[ShadowPage, int]:
@@ -654,11 +658,11 @@ class ShadowMmu(ShadowRoots):
 
     def _direct_page_fault(self, fault: _Fault) -> int:
         # direct_page_fault: the guest has no paging, addresses are gpas
-        fault.max_level = min(fault.max_level, 2)
+        fault.max_level = PG_LEVEL_2M
         fault.gfn = fault.addr >> 12
         fault.slot = self.slot_at(fault.gfn)
         if self._handle_page_track(fault):
-            return _RET_PF_WRITE_PROTECTED
+            return RET_PF_WRITE_PROTECTED
         ret = self._fast_page_fault(fault)
         if ret:
             return ret
@@ -667,7 +671,7 @@ class ShadowMmu(ShadowRoots):
             return ret
         self._make_available()
         if self._is_stale():
-            return _RET_PF_RETRY
+            return RET_PF_RETRY
         self._hugepage_adjust(fault)
         access = self.root_role.access
         inside = pages_per_hpage(fault.goal_level) - 1
@@ -678,7 +682,7 @@ class ShadowMmu(ShadowRoots):
         sp, index = self._fetch_direct(fault, access, root, index)
         base = gfn_round_for_level(fault.gfn, sp.level)
         ret = self._set_spte(sp, index, access, base, fault.pfn, fault.slot, fault)
-        if ret != _RET_PF_SPURIOUS and sp.level == 1:
+        if ret != RET_PF_SPURIOUS and sp.level == 1:
             self._direct_pte_prefetch(sp, index)
         return ret
 
@@ -692,9 +696,9 @@ class ShadowMmu(ShadowRoots):
         if is_shadow_present_pte(old) and is_last_spte(old, sp.level):
             assert fault.slot is not None
             if is_writable_pte(old):
-                ret = _RET_PF_SPURIOUS
+                ret = RET_PF_SPURIOUS
             elif is_mmu_writable_spte(self.masks, old) and not (sp.level > 1 and fault.slot.log_dirty):
-                ret, new = _RET_PF_FIXED, old | _W
+                ret, new = RET_PF_FIXED, old | _W
                 sp.spt[index] = new
                 fault.slot.mark_dirty(fault.gfn)
         self._event(MmuEvent("fast_page_fault", fault.addr >> 12, spte=new, sptep=sp.pa + 8 * index))
@@ -709,10 +713,11 @@ class ShadowMmu(ShadowRoots):
         level = min(fault.max_level, self.max_huge_page_level)
         while level > 1 and not slot.lpage_allowed(fault.gfn, level):
             level -= 1
-        fault.req_level = min(level, self.host.mapping_level(fault.gfn)) if level > 1 else 1
-        if fault.req_level == 1 or fault.huge_page_disallowed:
+        if level > 1:
+            level = min(level, self.host.mapping_level(fault.gfn))
+        if fault.huge_page_disallowed:
             return
-        fault.goal_level = fault.req_level
+        fault.goal_level = level
         fault.pfn &= ~(pages_per_hpage(fault.goal_level) - 1)
 
     def _disallowed_hugepage_adjust(self, fault: _Fault, sp: ShadowPage, index: int) -> None:
@@ -739,15 +744,12 @@ class ShadowMmu(ShadowRoots):
         # mmu_set_spte; `fault` None: a prefetch
         if slot is None:
             self._mark_mmio_spte(sp, index, gfn, access)
-            return _RET_PF_EMULATE
-        ret = _RET_PF_FIXED
+            return RET_PF_EMULATE
+        ret = RET_PF_FIXED
         old = sp.entry(index)
         rmapped = False
         if is_shadow_present_pte(old):
-            leaf = is_last_spte(old, sp.level)
-            if fault is None and leaf and pfn == spte_to_pfn(old):
-                return _RET_PF_SPURIOUS
-            if not leaf:
+            if not is_last_spte(old, sp.level):
                 self._drop_parent(sp.children[index], sp, index)
             elif pfn != spte_to_pfn(old):
                 self._drop_spte(sp, index)
@@ -757,12 +759,12 @@ class ShadowMmu(ShadowRoots):
         writable = fault is None or fault.map_writable
         spte, wrprot = self._make_spte(sp, slot, access, gfn, pfn, old, fault is None, False, writable)
         if old == spte:
-            ret = _RET_PF_SPURIOUS
+            ret = RET_PF_SPURIOUS
         else:
             sp.spt[index] = spte
             self._event(MmuEvent("set_spte", gfn, level=sp.level, spte=spte, sptep=sp.pa + 8 * index))
         if wrprot and fault is not None and fault.write:
-            ret = _RET_PF_WRITE_PROTECTED
+            ret = RET_PF_WRITE_PROTECTED
         if not rmapped:
             slot.rmap.setdefault((sp.level, gfn), {})[sp, index] = None
         if not sp.direct:
@@ -858,7 +860,6 @@ class ShadowMmu(ShadowRoots):
             return False
         if slot.base_gfn + slot.npages - gfn < count:
             return False
-        done = 0
         for done in range(count + 1):
             pfn = self.host.fast(gfn + done) if done < count else None
             if pfn is None:
@@ -869,7 +870,7 @@ class ShadowMmu(ShadowRoots):
     def _zap_collapsible(self, slot: SimSlot, level: int, gfn: int) -> None:
         # kvm_mmu_zap_collapsible_spte
         for sp, index in list(slot.rmap[level, gfn]):
-            if not sp.direct or sp.gfn not in slot:
+            if not sp.direct:
                 continue
             most = self.max_huge_page_level
             while most > 1 and not slot.lpage_allowed(sp.gfn, most):

@@ -37,6 +37,7 @@ from ..arch.number import number
 from ..errors import ArgumentError
 from .bits import BitLayout, Decoded, Field, Part
 from .masks import kernel_version
+from .permission import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,10 +58,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "ACC_ALL",
-    "ACC_EXEC_MASK",
-    "ACC_USER_MASK",
-    "ACC_WRITE_MASK",
     "MMIO_SPTE_GEN_MASK",
     "SPTE_BASE_ADDR_MASK",
     "SPTE_LAYOUTS",
@@ -109,9 +106,6 @@ __all__ = [
     "vmx_get_mt_mask",
 ]
 
-ACC_EXEC_MASK, ACC_WRITE_MASK, ACC_USER_MASK, ACC_ALL = 1, 2, 4, 7
-"""The bits of `pte_access` and of a role's `access`."""
-
 SPTE_MMU_PRESENT_MASK = 1 << 11
 """Set in every SPTE that maps memory, whatever the hardware makes of its other bits."""
 
@@ -143,7 +137,7 @@ _LAST_GFN = (1 << 40) - 1
 _NEW_ACCESSED = (6, 13)  # from here accessed and dirty are set without A/D bits too
 _RULES: dict[str, bool] = {}  # version -> whether it is from there on: asked for every SPTE
 
-_NAMES = {1: "4K", 2: "2M", 3: "1G", 4: "512G", 5: "256T"}
+_NAMES = {1: "4K", 2: "2M", 3: "1G"}  # of a page at each level
 _KINDS = {"shadow": "shadow", "npt": "NPT", "ept": "EPT"}
 
 
@@ -268,7 +262,9 @@ def leaf_spte_change_needs_tlb_flush(masks: ShadowMasks, old_spte: int, new_spte
 
 def spte_to_pfn(spte: int, masks: ShadowMasks | None = None) -> int:
     """The frame, of 4 KiB, that bits 51:12 name; with `masks` that have SME's bit, but for it, as in the kernel."""
-    return (spte & SPTE_BASE_ADDR_MASK & ~(0 if masks is None else masks.me_value)) >> 12
+    if masks is not None:
+        spte &= ~masks.me_value
+    return (spte & SPTE_BASE_ADDR_MASK) >> 12
 
 
 def spte_kind(masks: ShadowMasks, spte: int, level: int) -> str:
@@ -425,7 +421,7 @@ def make_nonleaf_spte(masks: ShadowMasks, child_pa: int, ad_disabled: bool = Fal
     ArgumentError: an address that is not of a page, or has more than 52 bits.
     """
     call = "make_nonleaf_spte"
-    child_pa = number(call, "child_pa", child_pa, (1 << 52) - 1)
+    child_pa = number(call, "child_pa", child_pa, SPTE_BASE_ADDR_MASK)
     if child_pa & 0xFFF:
         raise ArgumentError(call, "child_pa", child_pa, "a multiple of 0x1000", "a table is a page")
     spte = SPTE_MMU_PRESENT_MASK | child_pa | masks.present_mask | _W | masks.user_mask | masks.x_mask | masks.me_value
@@ -723,11 +719,12 @@ def mmio_layout(masks: ShadowMasks) -> BitLayout:
     """The bits of an MMIO SPTE under these masks: what is value, access, generation and address depends on them."""
     value_bits = masks.mmio_mask & ~masks.mmio_access_mask
     rsvd, lower = masks.nonpresent_or_rsvd_mask, masks.nonpresent_or_rsvd_lower_gfn_mask
+    access = masks.mmio_access_mask
     fields = [
         Field("generation_low", _GEN_LOW, _GEN_LOW_BITS, "bits 7:0 of the memslots' generation"),
         Field("generation_high", _GEN_HIGH, 11, "bits 18:8 of the memslots' generation"),
         *_runs("mmio", value_bits, "marks an SPTE of emulated MMIO"),
-        *[Field(f"access_{_ACCESS.get(1 << bit, bit)}", bit) for bit in range(32) if masks.mmio_access_mask >> bit & 1],
+        *[Field(f"access_{_ACCESS.get(1 << at, at)}", at) for at in range(access.bit_length()) if access >> at & 1],
         *_runs("gfn", lower & ~value_bits, "the guest's address"),
         *_runs("l1tf", rsvd & ~value_bits, "ones: no cache line has such an address"),
         *_runs("gfn_high", rsvd << _L1TF_LEN & ~value_bits, "the guest's address bits that L1TF's ones displace"),
@@ -739,10 +736,11 @@ def _runs(name: str, mask: int, text: str) -> list[Field]:
     # A field for each run of ones in a mask; where there are several, each has its lowest bit in its name.
     found = []
     while mask:
-        low = (mask & -mask).bit_length() - 1
-        width = ((mask >> low) + 1 & ~(mask >> low)).bit_length() - 1
-        found.append((low, width))
-        mask &= ~((1 << width) - 1 << low)
+        lowest = mask & -mask
+        low = lowest.bit_length() - 1
+        rest = mask & mask + lowest  # the carry clears the run
+        found.append((low, (mask ^ rest).bit_length() - low))
+        mask = rest
     return [
         Field(
             name if len(found) == 1 else f"{name}_{low}",

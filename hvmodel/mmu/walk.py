@@ -239,13 +239,14 @@ class GuestMmu(Value):
         """Of EPT tables; see `Walker.ept`."""
         call = "Walker.ept"
         number(call, "maxphyaddr", maxphyaddr, 52, 32)
-        number(call, "eptp", eptp, (1 << maxphyaddr) - 1)
+        if number(call, "eptp", eptp) >> maxphyaddr:
+            raise ArgumentError(call, "eptp", eptp, f"an address below 2**{maxphyaddr}", "maxphyaddr")
         level = (eptp >> 3 & 7) + 1
         if level not in (4, 5):
             raise ArgumentError(call, "eptp", eptp, "a walk length (bits 5:3) of 3 or 4: 4 or 5 levels")
         if eptp & 7 not in (0, 6):
             raise ArgumentError(call, "eptp", eptp, "a memory type (bits 2:0) of 0 or 6")
-        if eptp & 0xF00:
+        if eptp >> 8 & 0xF:
             raise ArgumentError(call, "eptp", eptp, "bits 11:8 clear", "they are reserved")
         return cls(
             kind="ept",
@@ -368,7 +369,10 @@ class Walk:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Every entry that was read, from the root on, with the one that is not present or has a reserved bit."""
+        """Every entry that was read, from the root on, with the one that is not present or has a reserved bit.
+
+        A PDPTE that the processor holds is among them, at the address that it was once loaded from.
+        """
         mmu, values = self._head[0], self._values
         level, table, found = mmu.level, mmu.root, []
         for value in values:
@@ -751,6 +755,11 @@ class NestedWalker:
         entries: list[Entry] = []
         updates: list[Update] = []
         places: list[int] = []  # where the guest's entries really are
+        first = self.guest.level  # of those that are read
+        if self.guest.pdptrs is not None:
+            at = self.guest.entry_gpa(self.guest.root, first, gva)
+            entries.append(Entry(first, at, self.guest.pdptrs[gva >> 30 & 3]))
+            first -= 1
 
         def translate(gpa: int, access: int, stage: int) -> int:
             found = self.nested.walk(gpa, access | PFERR_USER_MASK | stage, update)
@@ -769,8 +778,7 @@ class NestedWalker:
             real = translate(gpa & ~0xFFF, PFERR_WRITE_MASK, PFERR_GUEST_PAGE_MASK) | gpa & 0xFFF
             value = self.nested.memory.entry(real, size)
             if value is not None:
-                level = self.guest.level - len(places)
-                entries.append(Entry(level, gpa, value, size))
+                entries.append(Entry(first - len(places), gpa, value, size))
                 places.append(real)
             return value
 

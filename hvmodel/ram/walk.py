@@ -59,8 +59,8 @@ _DONE = np.empty(0, np.bool_)
 class Walks:
     """What `walk_many` found: arrays, an item for each address.
 
-    `gva`: the addresses.  `gpa` (uint64): where each leads; INVALID_GPA: it faults.  `error_code` (int16): of its page
-    fault; -1: it leads somewhere.  `level` (uint8) and `pte_access` (uint8): as of `Walk`.
+    `gva`: the addresses, a copy.  `gpa` (uint64): where each leads; INVALID_GPA: it faults.  `error_code` (int16): of
+    its page fault; -1: it leads somewhere.  `level` (uint8) and `pte_access` (uint8): as of `Walk`.
     """
 
     __slots__ = ("error_code", "gpa", "gva", "level", "pte_access")
@@ -93,7 +93,8 @@ def walk_many(walker: Walker, gvas: ArrayLike, access: int = 0) -> Walks:
     which more is to be known, ask `walker.walk`.
 
     ArgumentError: an address or access out of range; more than one dimension.  ArgumentTypeError: not integers.
-    ClosedError.  Threads: as the walker; numpy lets others run meanwhile.
+    ClosedError.  Threads: as the walker; numpy lets others run meanwhile.  What is closed while it works is held to its
+    end, and answered from.
 
     >>> from hvmodel.arch.paging import PageTables
     >>> tables = PageTables(0)
@@ -110,6 +111,7 @@ def walk_many(walker: Walker, gvas: ArrayLike, access: int = 0) -> Walks:
     addresses = _addresses(call, gvas, walker.mmu.linear_bits)
     found = Walks(addresses)
     way = _Way(walker, access)
+    walker.memory.check_open(call)  # another thread may have closed it while its pieces were taken
     for at in range(0, len(addresses), _BLOCK):
         piece = slice(at, at + _BLOCK)
         way.walk(addresses[piece], found, piece)
@@ -118,7 +120,10 @@ def walk_many(walker: Walker, gvas: ArrayLike, access: int = 0) -> Walks:
 
 def _addresses(call: str, gvas: ArrayLike, bits: int) -> Words:
     asked: Any = gvas
-    given: Any = np.asarray(asked)
+    try:
+        given: Any = np.asarray(asked)
+    except ValueError:  # lists of lists that are not of one length
+        raise ArgumentTypeError(call, "gvas", gvas, "integers, in one dimension") from None
     if given.size and given.dtype.kind in "fO" and not isinstance(asked, np.ndarray):
         # What numpy makes of ints of which some are above 2**63-1; or no ints.
         items = list(asked) if hasattr(asked, "__iter__") else []
@@ -135,7 +140,8 @@ def _addresses(call: str, gvas: ArrayLike, bits: int) -> Words:
     for end in (int(given.min()), int(given.max())) if given.size else ():
         if end < 0 or end >> bits:
             raise ArgumentError(call, "gvas", end, f"0 to 2**{bits}-1")
-    found: Words = np.ascontiguousarray(given.astype(np.uint64, copy=False))
+    # A copy: the caller's array may change.
+    found: Words = np.array(given, np.uint64, order="C", subok=False)
     return found
 
 

@@ -17,11 +17,8 @@ from __future__ import annotations
 from itertools import count
 
 from ..mmu.masks import kernel_version
+from ..mmu.permission import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK
 from ..mmu.spte import (
-    ACC_ALL,
-    ACC_EXEC_MASK,
-    ACC_USER_MASK,
-    ACC_WRITE_MASK,
     SPTE_BASE_ADDR_MASK,
     SPTE_MMU_PRESENT_MASK,
     make_mmio_spte,
@@ -161,7 +158,8 @@ def _manual_only(found: HostMasks) -> list[str]:
     # What this host's KVM can't show, whatever is tried: checked against tables only.
     masks = found.masks
     kinds = {"shadow": "shadow paging", "npt": "NPT", "ept": "EPT"}
-    texts = [f"manual only: masks of {text}" for kind, text in kinds.items() if kind not in (masks.kind, "shadow")]
+    seen = (masks.kind, "shadow") if masks.kind == "npt" else (masks.kind,)  # NPT has the masks of shadow paging
+    texts = [f"manual only: masks of {text}" for kind, text in kinds.items() if kind not in seen]
     if not masks.enable_mmio_caching:
         texts.append("manual only: MMIO SPTEs, for kvm.mmio_caching reads N")
     if not masks.me_mask:

@@ -389,7 +389,9 @@ def _reset_sources(facts: HostFacts, masks: ShadowMasks, cache: int) -> dict[str
     # Where the masks come from that no vendor's table has.
     width = f"{facts.maxphyaddr} address bits: {facts.source('maxphyaddr')}"
     bugs = facts.source("l1tf")
-    l1tf = f"L1TF ({bugs}), {cache} address bits of the cache" if masks.nonpresent_or_rsvd_mask else f"no L1TF: {bugs}"
+    l1tf = f"L1TF ({bugs}), {cache} address bits of the cache" if facts.l1tf else f"no L1TF: {bugs}"
+    if facts.l1tf and not masks.nonpresent_or_rsvd_mask:
+        l1tf += ", which leave no room"
     low = masks.x86_phys_bits
     mmio = width
     if facts.parameter("kvm.mmio_caching") == "N":

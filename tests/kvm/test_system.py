@@ -273,3 +273,26 @@ def test_a_closed_system_says_so(kvm: Kvm) -> None:
     ):
         with pytest.raises(ClosedError):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("modules", "maker", "found"),
+    [
+        (["kvm", "kvm_amd", "kvm_intel"], "GenuineIntel", "kvm_intel"),
+        (["kvm", "kvm_amd", "kvm_intel"], "AuthenticAMD", "kvm_amd"),
+        (["kvm", "kvm_amd"], "GenuineIntel", "kvm_amd"),
+        (["kvm", "kvm_pvm"], "GenuineIntel", "kvm_pvm"),
+        (["kvm"], "GenuineIntel", None),
+    ],
+)
+def test_the_vendor_module_is_that_of_the_processors_maker(
+    monkeypatch: pytest.MonkeyPatch, modules: list[str], maker: str, found: str | None
+) -> None:
+    monkeypatch.setattr(system, "_maker", lambda: maker)
+    monkeypatch.setattr(system.os, "listdir", lambda _: modules)
+    assert vendor_module() == found
+
+
+def test_the_maker_is_that_of_cpuid() -> None:
+    text = Path("/proc/cpuinfo").read_text()
+    assert f"vendor_id\t: {system._maker()}\n" in text

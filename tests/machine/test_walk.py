@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -192,6 +192,93 @@ def test_ram_can_go_once_the_walker_is_closed() -> None:
         finally:
             gc.enable()
     block.close()
+
+
+def one_page_of_it(machine: hv.Machine, block: RamBlock, region: MemoryRegion, at: int) -> PageTables:
+    """Tables in a block that `region` shows at `at`."""
+    tables = PageTables(at, max_size=0x10_0000)
+    tables.map(0, 0, 1 << 20, page_size=4096)
+    block.write(0, tables.image())
+    machine.memory.root.add_subregion(at, region)
+    machine.vcpu.long_mode(entry=ENTRY)
+    machine.vcpu.sregs = machine.vcpu.sregs.replace(cr3=at)
+    return tables
+
+
+def test_a_walker_does_not_outlive_what_memory_was_where(machine: hv.Machine) -> None:
+    tables_at(machine, some_tables())
+    with RamBlock("over", 0x1000) as block:
+        root, region = machine.memory.root, MemoryRegion.ram("over", block)
+        changes: tuple[Callable[[], None], ...] = (
+            lambda: root.add_subregion(0x10_0000, region, priority=1),  # over the root table
+            lambda: setattr(region, "readonly", True),
+            lambda: root.del_subregion(region),
+        )
+        for change in changes:
+            walker = machine.walker()
+            function = walker.function(W)
+            before = walker.walk(0x3123).ok
+            assert (function(0x3123).ok, walk_many(walker, [0x3123]).ok[0]) == (before, before)
+            change()
+            with pytest.raises(ClosedError, match="other memory"):
+                walker.walk(0x3123)
+            with pytest.raises(ClosedError, match="other memory"):
+                walk_many(walker, [0x3123])
+            with pytest.raises(ClosedError):
+                walker.memory.entry(0)
+            with pytest.raises(ClosedError):
+                function(0x3123)
+        assert machine.walk(0x3123).ok
+        block.write(0, bytes(0x1000))
+    # What does not move a slot leaves walkers alone: registers of a device, logging.
+    walker = machine.walker()
+    root.add_subregion(1 << 32, MemoryRegion.io("device", 0x1000))
+    assert walker.walk(0x3123).ok
+
+
+def test_where_a_slot_is_read_only_is_what_kvm_says(machine: hv.Machine) -> None:
+    # RAM through a read-only alias has a slot that may be written: KVM sets A there.
+    with RamBlock("tables", 0x10_0000) as block:
+        shown = MemoryRegion.alias("shown", MemoryRegion.ram("hidden", block), 0, 0x10_0000)
+        shown.readonly = True
+        tables = one_page_of_it(machine, block, shown, 0x4000_0000)
+        before = block.read(0, tables.size)
+        assert machine.walk(0x3123, update=True).gpa == 0x3123
+        set_by_us = block.read(0, tables.size)
+        block.write(0, before)
+        machine.vcpu.kvm.translate(0x3123)
+        assert block.read(0, tables.size) == set_by_us != before
+        machine.memory.root.del_subregion(shown)
+
+
+def test_whole_pages_of_a_region_that_begins_within_one(machine: hv.Machine) -> None:
+    with RamBlock("tables", 0x10_0000) as block:
+        # A device's registers hide the last bytes of the region: its slot is a page shorter.
+        tables = one_page_of_it(machine, block, MemoryRegion.ram("ram", block), 0x4000_0000)
+        machine.memory.root.add_subregion(0x400F_FF00, MemoryRegion.io("device", 0x100), priority=1)
+        assert (0x4000_0000, 0xF_F000, True) in machine.walker().memory.pieces()
+        for gva in (0x3123, 1 << 20):
+            said = machine.vcpu.kvm.translate(gva)
+            assert machine.walk(gva).gpa == (said.gpa if said.valid else None)
+        assert machine.walk(0x3123).entries[0].gpa == tables.cr3
+        for region in machine.memory.root.subregions[:]:
+            if region.addr >= 0x4000_0000:
+                machine.memory.root.del_subregion(region)
+
+
+def test_a_walker_walks_while_the_vcpu_runs(machine: hv.Machine) -> None:
+    machine.load(ENTRY, b"\xeb\xfe")
+    machine.vcpu.long_mode(entry=ENTRY)
+    walker = machine.walker()
+    thread = threading.Thread(target=lambda: machine.run(timeout=20))
+    thread.start()
+    try:
+        for _ in range(50):
+            assert walker.walk(ENTRY).gpa == ENTRY
+            assert walk_many(walker, [ENTRY]).gpa.tolist() == [ENTRY]
+    finally:
+        machine.kick()
+        thread.join()
 
 
 def test_while_another_thread_runs_it(machine: hv.Machine) -> None:

@@ -48,3 +48,30 @@ def large_ram(host: HostMemory, **options: Any) -> ShadowMmu:
     ram = Ram(size=8 << 20)
     ram.put(0x3000, 0x400000 | ALL | PS)
     return ram.mmu(host=host, **options)
+
+
+def check_books(mmu: ShadowMmu) -> None:
+    """What the simulator keeps in two places has to be the same in both, as in the kernel."""
+    pages = [sp for bucket in mmu.pages.buckets.values() for sp in bucket]
+    assert len(pages) == len(set(pages)) == mmu.pages.used
+    assert {sp for sp in pages if not sp.invalid} == set(mmu.pages.active)
+    links = {(sp, index) for sp in pages for index in sp.children}
+    assert links == {link for sp in pages for link in sp.parents}
+    for sp, index in links:
+        assert mmu.masks.present_mask & sp.spt[index]
+        assert (sp, index) in sp.children[index].parents
+    leaves = {(sp, index) for sp in pages for index, _ in sp.present() if sp.is_leaf(index)}
+    mapped = {leaf for slot in mmu.slots for row in slot.rmap.values() for leaf in row}
+    assert leaves == mapped
+    for slot in mmu.slots:
+        for (level, gfn), row in slot.rmap.items():
+            assert all((sp.level, sp.gfn_of(index)) == (level, gfn) for sp, index in row)
+        tables = [sp for sp in pages if sp.has_gptes and not sp.invalid and sp.gfn in slot]
+        for gfn in {sp.gfn for sp in tables} | set(slot.tracked):
+            assert slot.tracked.get(gfn, 0) == sum(sp.gfn == gfn and sp.level > 1 for sp in tables)
+        for (level, first), count in slot.disallow.items():
+            inside = range(first, first + (1 << 9 * (level - 1)))
+            assert count == sum(sp.gfn in inside for sp in tables)
+    for sp in pages:
+        if sp.unsync or sp.unsync_children:
+            assert all(index in parent.unsync_children for parent, index in sp.parents)

@@ -130,3 +130,47 @@ def test_keys_of_pages_of_the_supervisor_take_nothing_of_the_straight_way(monkey
     assert [walk.gpa for walk in first] == [0x9123] * 2
     monkeypatch.setattr(compiled_walk, "walk_addr", None)
     assert [walks.walk(0x123, access) for access in (0, W)] == first
+
+
+def known(walks: Walker) -> list[int]:
+    """How many values of each level a walker remembers, from the root's on."""
+    (held,) = [tables() for tables in walks.memory._out]
+    assert held is not None
+    return [len(values) for values in held.levels.values()]
+
+
+def test_what_is_remembered_has_an_end() -> None:
+    # 2**16 values of a level; then it begins anew.
+    walks = Walker(four_levels(0x9007), cr3=0x1000)
+    assert walks.walk(0x123).gpa == 0x9123
+    assert known(walks) == [1, 1, 1]
+    (held,) = [tables() for tables in walks.memory._out]
+    assert held is not None
+    held.levels[2].clear()
+    held.levels[2].update(dict.fromkeys(range(1 - 2**16, 0)))  # no entry is negative
+    assert walks.walk(0x123).gpa == 0x9123
+    assert known(walks) == [1, 1, 2**16]
+    del held.levels[2][0x4007]
+    held.levels[2][-(2**16)] = None
+    assert walks.walk(0x123).gpa == 0x9123
+    assert known(walks) == [1, 1, 1]
+
+
+def test_the_code_of_configurations_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 64 texts; then it begins anew.  The same text is compiled once.
+    codes = dict.fromkeys([str(number) for number in range(63)], compile("", "", "exec"))
+    monkeypatch.setattr(compiled_walk, "_codes", codes)
+    first = compiled_walk._code("5")
+    assert first is codes["5"]
+    assert (compiled_walk._code("x = 1"), len(codes)) == (codes["x = 1"], 64)
+    assert (compiled_walk._code("x = 1"), len(codes)) == (codes["x = 1"], 64)
+    assert (compiled_walk._code("x = 2"), list(codes)) == (codes["x = 2"], ["x = 2"])
+
+
+def test_a_walk_keeps_the_access_it_was_asked_for() -> None:
+    # P is a bit that an access may have, and says nothing: the walk is that of 0, and says 1.
+    walks = Walker(four_levels(0x9007), cr3=0x1000)
+    for access in (0, 1, W, W | 1):
+        for _ in range(2):
+            assert walks.walk(0x123, access) == walk_addr(walks.mmu, walks.memory.entry, 0x123, access)
+            assert walks.walk(0x123, access).access == access

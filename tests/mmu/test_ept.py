@@ -227,7 +227,11 @@ def test_bad_entries_name_the_field(arguments: dict[str, int], word: str) -> Non
 def test_eptp() -> None:
     assert eptp(0x7000) == 0x7000 | 1 << 6 | 3 << 3 | 6
     assert eptp(0x7000, levels=5, ad=False, memory_type=0, sss=True) == 0x7000 | 1 << 7 | 4 << 3
-    for arguments, word in (({"levels": 3}, "levels=3"), ({"memory_type": 1}, "memory_type=1")):
+    for arguments, word in (
+        ({"levels": 3}, "levels=3"),
+        ({"levels": 6}, "levels=6"),
+        ({"memory_type": 1}, "memory_type=1"),
+    ):
         with pytest.raises(ArgumentError, match=word):
             eptp(0x7000, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="0x1000"):
@@ -600,9 +604,9 @@ def test_addresses_end_at_maxphyaddr(width: int) -> None:
     assert ept_entry(last, 1, controls=controls) == last | R | W | X | WB
     if width == 52:
         return
-    assert f"address bits {first:#x} are above MAXPHYADDR {width}" in decode_eptp(
-        first | 0x5E, maxphyaddr=width
-    ).problems
+    assert (
+        f"address bits {first:#x} are above MAXPHYADDR {width}" in decode_eptp(first | 0x5E, maxphyaddr=width).problems
+    )
     assert ept_misconfigurations(first | R | WB, 1, controls) == (
         f"address bits {first:#x} are above MAXPHYADDR {width}",
     )
@@ -635,5 +639,5 @@ def test_widths_of_addresses_are_32_to_52() -> None:
         lambda: eptp(last + 1),
     )
     for one in outside:
-        with pytest.raises(ArgumentError, match="gpa=|address="):
+        with pytest.raises(ArgumentError, match=r"gpa=|address="):
             one()

@@ -96,6 +96,7 @@ def test_the_last_address() -> None:
     [
         [(0, b"")],
         [(0, bytes(16)), (8, bytes(8))],
+        [(8, bytes(8)), (8, bytes(8))],
         [(-1, bytes(8))],
         [((1 << 52) - 4, bytes(8))],
     ],
@@ -103,6 +104,69 @@ def test_the_last_address() -> None:
 def test_memory_that_is_none(pieces: list[tuple[int, bytes]]) -> None:
     with pytest.raises(ArgumentError):
         GuestMemory(pieces)
+
+
+@pytest.mark.parametrize("pieces", [5, None, [5], [(0,)], [[0, bytes(8)]], [(0, bytes(8), True, 1)], [("0", bytes(8))]])
+def test_pieces_of_another_type(pieces: object) -> None:
+    with pytest.raises(ArgumentTypeError):
+        GuestMemory(pieces)  # type: ignore[arg-type]  # is what is asked
+
+
+def test_a_read_only_buffer_is_not_writable() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        GuestMemory([(0, bytes(8), True)])
+    assert caught.value.field == "pieces"
+    seen: list[int] = []
+    told = GuestMemory([(0, bytes(8), True)], write=lambda gpa, data: seen.append(gpa))
+    assert told.store(0, 5)
+    assert seen == [0]
+
+
+def test_exchange() -> None:
+    held = bytearray(16)
+    memory = GuestMemory([(0, memoryview(held)[:12]), (12, bytes(4))])
+    assert memory.exchange(0, 0, 7)
+    assert not memory.exchange(0, 0, 9)
+    assert memory.exchange(12, 1, 9, 4)  # may not be written: stays
+    assert not memory.store(8, 5)  # reaches over the piece's end
+    assert held.hex() == "07" + "00" * 15
+    with pytest.raises(ArgumentError):
+        memory.store(0, 1 << 32, 4)
+
+
+def test_walkers_that_are_gone_leave_nothing_behind() -> None:
+    tables = four_levels(0x9007)
+    memory = GuestMemory([(0, tables)])
+    for _ in range(5):
+        walker = Walker(memory, cr3=0x1000)
+        assert walker.walk(0x123).ok
+        assert walker.walk(0x123, 2).ok
+        function = walker.function(4)
+        assert function(0x123).ok
+        del walker
+        assert len(memory._out) == 1  # of the function
+        del function
+        assert not memory._out
+
+
+def test_closing_under_an_array() -> None:
+    np = pytest.importorskip("numpy")
+    held = bytearray(16)
+    memory = GuestMemory([(0, held)])
+    found = memory.view(0)
+    assert found is not None
+    array = np.frombuffer(found[1], np.uint8)
+    del found
+    memory.close("gone elsewhere")
+    assert repr(memory) == "<GuestMemory closed: gone elsewhere>"
+    with pytest.raises(ClosedError):
+        memory.is_writable(0)
+    with pytest.raises(ClosedError):
+        memory.store(0, 1)
+    with pytest.raises(BufferError):
+        held.clear()
+    del array
+    held.clear()
 
 
 @pytest.mark.parametrize("memory", [5, None, [1, 2], "text", [(0, 5)]])
@@ -134,3 +198,17 @@ def test_kinds_of_memory() -> None:
         NestedWalker(tables)  # type: ignore[arg-type]  # is what is asked
     with pytest.raises(ArgumentError):
         NestedWalker(Walker(tables, cr0=PG | PE, cr4=0, efer=0))
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_an_entry_takes_the_last_value_of_its_size(size: int) -> None:
+    held = bytearray(16)
+    memory, last = GuestMemory([(0, held)]), (1 << 8 * size) - 1
+    assert memory.store(8 - size, last, size)
+    assert held == bytes(8 - size) + b"\xff" * size + bytes(8)
+    for value in (last + 1, -1):
+        with pytest.raises(ArgumentError, match="value="):
+            memory.store(0, value, size)
+    # The whole entry has to be in the piece.
+    assert memory.store(16 - size, 1, size)
+    assert not memory.store(17 - size, 1, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -89,3 +90,22 @@ def test_refusals(name: str, args: tuple[int, ...], field: str) -> None:
 def test_a_level_is_an_int() -> None:
     with pytest.raises(ArgumentTypeError):
         levels.pages_per_hpage("2")  # type: ignore[arg-type]
+
+
+def test_the_ends_of_ranges_are_in_them() -> None:
+    # Entries and addresses of two-level paging have 32 bits, others 64; a table has 512 entries, or 1024.
+    narrow, wide = (1 << 32) - 1, (1 << 64) - 1
+    assert levels.pse36_gfn_delta(narrow) == 0xF << 20  # bits 35:32 of the address
+    assert levels.pt32_index(narrow, 1) == levels.pt32_index(narrow, 2) == 1023
+    assert levels.shadow_pt_index(wide, 5) == levels.spte_index(wide) == 511
+    assert levels.gfn_round_for_level(wide, 1) == wide
+    calls: tuple[Callable[[], int], ...] = (
+        lambda: levels.pse36_gfn_delta(narrow + 1),
+        lambda: levels.pt32_index(narrow + 1, 1),
+        lambda: levels.shadow_pt_index(wide + 1, 1),
+        lambda: levels.spte_index(wide + 1),
+        lambda: levels.gfn_round_for_level(wide + 1, 1),
+    )
+    for call in calls:
+        with pytest.raises(ArgumentError):
+            call()

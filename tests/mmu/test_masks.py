@@ -215,7 +215,9 @@ def test_a_warning_says_off_only_where_it_is_the_reason() -> None:
     assert made.warnings == ("MMIO value 0x200000000000 has bits 0x200000000000 of the address of the page",)
     assert (made.mmio_value, made.enable_mmio_caching) == (0, False)
     # A mask that is refused warns with any value.
-    assert "caching is off" in BASE.set_mmio_spte_mask(0, BIT[3], 0).warnings[0]
+    assert BASE.set_mmio_spte_mask(0, BIT[3] | BIT[12], 0).warnings == (
+        "MMIO mask 0x1008 has bits 0x8 beside 63, 51:12 and 2:0: MMIO caching is off",
+    )
     assert rsvd_bits(12, 51) | BIT[63] | 7 == SPTE_MMIO_ALLOWED_MASK
 
 

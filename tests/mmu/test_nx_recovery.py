@@ -225,3 +225,33 @@ def test_the_check_sees_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_mmu_small, "COMM", nx_recovery.COMM[:-1])
     monkeypatch.setattr(check_mmu_small, "_PATIENCE", 0.05)
     assert run(["nx_recovery"])[0].mismatches == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        # kstrtouint of lib/kstrtox.c: 2**64 does not fit and is told at once; less is read on, to what is no digit.
+        ("18446744073709551616z", errno.ERANGE),
+        ("18446744073709551615z", errno.EINVAL),
+        ("0x10000000000000000z", errno.ERANGE),
+        ("0xffffffffffffffffz", errno.EINVAL),
+        ("4294967296", errno.ERANGE),
+        ("4294967295", 0),
+        ("040000000000", errno.ERANGE),
+        ("037777777777", 0),
+        ("0xffffffff", 0),
+        ("0" * 5000 + "7", 0),
+        ("9" * 5000, errno.ERANGE),
+        ("08", errno.EINVAL),
+        ("0xg", errno.EINVAL),
+        ("0x", errno.EINVAL),
+        ("z9", errno.EINVAL),
+        ("1z9", errno.EINVAL),
+        ("", errno.EINVAL),
+    ],
+)
+def test_numbers_that_are_too_long(text: str, error: int) -> None:
+    parameters = NxParameters()
+    assert parameters.set_recovery_period_ms(text).error == error
+    value = {"4294967295": 2**32 - 1, "037777777777": 2**32 - 1, "0xffffffff": 2**32 - 1}.get(text, 7)
+    assert parameters.recovery_period_ms == (0 if error else value)

@@ -112,6 +112,8 @@ def test_refusals() -> None:
             call()
     with pytest.raises(ArgumentTypeError):
         permission_fault(bitmap, 0, 0, 0, "w")  # type: ignore[arg-type]  # is what is asked
+    with pytest.raises(ArgumentTypeError):
+        permission_fault(16, 0, 0, 0, 0)  # type: ignore[arg-type]  # is what is asked
 
 
 def test_the_ends_of_ranges_are_in_them() -> None:
@@ -121,6 +123,8 @@ def test_the_ends_of_ranges_are_in_them() -> None:
     last = (1 << 32) - 1
     assert permission_fault(bitmap, last, 7, 15, 0, pkru=last) == 0x21
     assert permission_fault(bitmap, 0, 7, 15, 0, pkru=last) == 0
+    # Without another word the register is 0, and every key permits all.
+    assert [permission_fault(bitmap, last, 7, key, 0) for key in range(16)] == [0] * 16
     with pytest.raises(ArgumentError, match="pkru="):
         permission_fault(bitmap, 0, 7, 15, 0, pkru=last + 1)
     with pytest.raises(ArgumentError, match="permissions"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -135,7 +136,9 @@ def test_all_other_reasons_have_none(reason: int) -> None:
     assert not decode_qualification(reason, 0).problems
     said = decode_qualification(reason, 5)
     assert said["value"] == 5
-    assert bool(said.problems) == (reason not in UNCLAIMED)
+    # URDMSR and UWRMSR, 80 and 81, are in appendix C, and 30.2.1 says nothing of them.
+    assert bool(said.problems) == (reason not in (80, 81))
+    assert (reason in UNCLAIMED) == (reason in (80, 81))
 
 
 # Values and what they say, by hand from the tables.
@@ -233,3 +236,39 @@ def test_a_qualification_is_a_word_of_64_bits() -> None:
         assert (decoded.width, decoded.parts[0].high) == (64, 63)
         assert " 0xffffffffffffffff: " in str(decoded)
         assert qualification_layout(0xFFFF_0000 | reason, vector) is qualification_layout(reason, vector)
+
+
+# 30.2.1, tables 30-2 to 30-5 and 29.8: what the numbers of a field mean; others are reserved.
+_REGISTERS = ["RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", *(f"R{number}" for number in range(8, 16))]
+NAMED = [
+    (9, "source", {0: "CALL", 1: "IRET", 2: "JMP", 3: "task gate"}),
+    (28, "register", {0: "CR0", 3: "CR3", 4: "CR4", 8: "CR8"}),
+    (28, "type", {0: "MOV to CR", 1: "MOV from CR", 2: "CLTS", 3: "LMSW"}),
+    (28, "gpr", dict(enumerate(_REGISTERS))),
+    (29, "register", {number: f"DR{number}" for number in range(8)}),
+    (29, "gpr", dict(enumerate(_REGISTERS))),
+    (30, "size", {0: "1 byte", 1: "2 bytes", 3: "4 bytes"}),
+    (33, "cause", {0: "", 2: "PDPTE", 3: "NMI", 4: "link pointer"}),
+]
+
+
+@pytest.mark.parametrize(("reason", "name", "meanings"), NAMED)
+def test_numbers_that_have_a_meaning(reason: int, name: str, meanings: dict[int, str]) -> None:
+    layout = qualification_layout(reason)
+    assert layout is not None
+    field = layout.field(name)
+    for number in range(1 << field.width):
+        decoded = decode_qualification(reason, number << field.low)
+        said = f"{name} (bits {field.high}:{field.low}) is {number}, which is reserved"
+        assert (said in decoded.problems) == (number not in meanings)
+        if number in meanings:
+            assert field.meaning(number).startswith(meanings[number]) or meanings[number] in field.meaning(number)
+            assert encode_qualification(reason, **{name: number}) == number << field.low
+
+
+def test_contradictions_of_control_registers() -> None:
+    # Table 30-3: CLTS (2) and LMSW (3) are of CR0 and have no GPR; a source and a kind of operand are LMSW's alone.
+    for kind, register, gpr, memory, source in itertools.product(range(4), (0, 3), (0, 5), (0, 1), (0, 1)):
+        value = register | kind << 4 | memory << 6 | gpr << 8 | source << 16
+        wrong = [kind in (2, 3) and register, kind in (2, 3) and gpr, kind != 3 and (memory or source)]
+        assert len(decode_qualification(28, value).problems) == sum(map(bool, wrong)), hex(value)

@@ -101,6 +101,9 @@ def test_the_mask_is_chosen_by_bit_7() -> None:
     ("call", "field"),
     [
         (lambda: reset_guest_rsvds_bits_mask(1), "level"),
+        (lambda: reset_guest_rsvds_bits_mask(4).is_rsvd_bits_set(1, 0), "level"),
+        (lambda: reset_guest_rsvds_bits_mask(4).is_rsvd_bits_set(1, 6), "level"),
+        (lambda: reset_guest_rsvds_bits_mask(4).is_rsvd_bits_set(1 << 64, 1), "entry"),
         (lambda: reset_guest_rsvds_bits_mask(6), "level"),
         (lambda: reset_guest_rsvds_bits_mask(4, maxphyaddr=53), "maxphyaddr"),
         (lambda: reset_guest_rsvds_bits_mask(4, maxphyaddr=31), "maxphyaddr"),
@@ -113,3 +116,28 @@ def test_refusals(call: Callable[[], object], field: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         call()
     assert caught.value.field == field
+
+
+def test_the_ends_of_ranges_are_in_them() -> None:
+    # Physical addresses have 32 to 52 bits: bits 51:32 are reserved, or none.
+    for width, high in ((32, bits((51, 32))), (52, 0)):
+        assert reset_guest_rsvds_bits_mask(4, maxphyaddr=width).rsvd_bits_mask[0][0] == high
+        assert reset_rsvds_bits_mask_ept(maxphyaddr=width).rsvd_bits_mask[0][0] == high
+    for width in (31, 53):
+        with pytest.raises(ArgumentError, match="maxphyaddr"):
+            reset_guest_rsvds_bits_mask(4, maxphyaddr=width)
+        with pytest.raises(ArgumentError, match="maxphyaddr"):
+            reset_rsvds_bits_mask_ept(maxphyaddr=width)
+    for level in (1, 2, 3):
+        # 31.3.2: bit 7 of a PDE or PDPTE maps a page, where the processor has pages of that size.
+        masks = reset_rsvds_bits_mask_ept(huge_page_level=level)
+        assert [masks.is_rsvd_bits_set(1 | 6 << 3 | 1 << 7, at) for at in (1, 2, 3, 4, 5)] == [
+            False,
+            level < 2,
+            level < 3,
+            True,
+            True,
+        ]
+    for level in (0, 4):
+        with pytest.raises(ArgumentError, match="huge_page_level"):
+            reset_rsvds_bits_mask_ept(huge_page_level=level)

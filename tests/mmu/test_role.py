@@ -400,3 +400,8 @@ def test_every_form_of_the_words() -> None:
     ]
     assert module.PAGE_ROLE.mask == 0xFF0FFFFF
     assert "kvm_cpu_role" in decode_cpu_role(0x8100003704).table()
+
+
+def test_help_says_what_a_field_means() -> None:
+    for field in PAGE_ROLE.members:
+        assert vars(module.PageRole)[field.name].__doc__ == (field.text or field.name)

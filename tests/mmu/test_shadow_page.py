@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hvmodel.mmu import PageRole, SimSlot
-from hvmodel.mmu.shadow_page import HostPage, ShadowPage
+import pytest
+
+from hvmodel.errors import ArgumentError
+from hvmodel.mmu import HostMemory, HostPage, MmuEvent, PageRole, ShadowPage, SimSlot
 
 
 def test_slots_and_pages_that_cannot_be_large() -> None:
@@ -18,7 +20,7 @@ def test_slots_and_pages_that_cannot_be_large() -> None:
 
 
 def test_values() -> None:
-    page = ShadowPage(5, PageRole(0x3704), 0x7000)
+    page = ShadowPage(5, PageRole(0x3704), 0x7000, 0)
     assert "gfn=0x5" in repr(page)
     assert str(page.event("get_page", True)) == "get_page gfn=0x5 role=0x3704 created=0x1"
     assert HostPage(5).writable
@@ -65,4 +67,4 @@ def test_host_memory() -> None:
 def test_what_an_event_leaves_out_is_0() -> None:
     event = MmuEvent("zap_all_fast")
     assert [getattr(event, name) for name in event.fields()[1:]] == [0] * 9
-    assert ShadowPage(5, PageRole(0x3704), 0x7000).entry(3) == 0
+    assert ShadowPage(5, PageRole(0x3704), 0x7000, 0).entry(3) == 0

@@ -58,7 +58,7 @@ def test_pae_roots_are_the_pdptes() -> None:
     assert mmu.access(0xC0001000).fault is None
     events = mmu.take_events()
     # entries 1 and 2 are not present: two roots, of one page
-    assert [(e.gfn, e.role & 0xF, e.created) for e in named(events, "get_page")] == [
+    assert [(e.gfn, e.role & 0x7F, e.created) for e in named(events, "get_page")] == [
         (2, 2, True),
         (2, 2, False),
         (3, 1, True),
@@ -110,8 +110,10 @@ def test_a_directory_entry_of_4_bytes_is_two_of_the_shadow() -> None:
     gvas = (0x0, 0x200000, 0x400000, 0x600000)
     for gva in gvas:
         mmu.access(gva)
+    mmu.write_guest(0x1000, bytes(4))
+    assert [mmu.translation(gva) for gva in gvas] == [None, None, 0x10000, 0x10000]
     mmu.write_guest(0x1004, bytes(4))
-    assert [mmu.translation(gva) for gva in gvas] == [0x10000, 0x10000, None, None]
+    assert [mmu.translation(gva) for gva in gvas] == [None] * 4
 
 
 def test_the_upper_half_of_a_table_of_4_bytes() -> None:
@@ -170,3 +172,57 @@ def test_without_paging_large_pages_are_of_2_mib_at_most() -> None:
     events = mmu.take_events()
     assert [(e.gfn, e.pfn, e.level) for e in named(events, "spte_requested")] == [(0x205, 0x100205, 2)]
     assert [(e.gfn, e.level) for e in named(events, "set_spte")] == [(0x200, 2)]
+    assert mmu.translation(0x205008) == 0x205008
+    # logged, it can't be made writable as a whole: a page of 4 KiB comes in its place
+    mmu.set_log_dirty(0, True)
+    mmu.take_events()
+    mmu.access(0x206000, "store")
+    events = mmu.take_events()
+    assert next((e.name, e.spte >> 1 & 1) for e in events) == ("fast_page_fault", 0)
+    assert next((e.gfn, e.level) for e in named(events, "set_spte")) == (0x206, 1)
+
+
+def test_pdptes_lie_at_32_bytes() -> None:
+    ram = Ram()
+    ram.data[0x1000:0x5000] = bytes(0x4000)
+    ram.put(0x1020 + 8 * 3, 0x2000 | P)
+    ram.put(0x2000, 0x3000 | ALL)
+    ram.put(0x3000, 0x10000 | ALL)
+    mmu = ram.mmu(cr0=0x80010011, cr4=0x20, efer=0, cr3=0x103F)
+    assert mmu.access(0xC0000000).fault is None
+    assert mmu.root is not None
+    assert [None if sp is None else sp.gfn for sp in mmu.root.pages] == [None, None, None, 2]
+    mmu.zap_all_fast()
+    mmu.access(0xC0000000)
+    assert [sp.valid_gen for sp in mmu.root.pages if sp is not None] == [1]
+
+
+def test_bits_below_12_of_cr3_are_no_address() -> None:
+    mmu = Ram(0x10000 | ALL).mmu(cr3=0x1018)
+    assert mmu.access(0).fault is None
+
+
+def test_a_directory_entry_takes_no_more_than_its_two() -> None:
+    # Directory entry 0 is entries 0 and 1 of the shadow; 2 and 3 are of the next one.
+    _, mmu = two_levels()
+    gvas = (0x0, 0x200000, 0x400000, 0x600000)
+    for gva in gvas:
+        mmu.access(gva)
+    mmu.write_guest(0x1000, bytes(4))
+    assert [mmu.translation(gva) for gva in gvas] == [None, None, 0x10000, 0x10000]
+
+
+def test_roots_of_pae_are_loaded_anew_when_any_goes() -> None:
+    # is_obsolete_root: a root that is no shadow page (the four PDPTEs) cannot be told to be fresh, and counts as stale.
+    ram = Ram()
+    ram.data[0x1000:0x5000] = bytes(0x4000)
+    ram.put(0x1000, 0x2000 | P)
+    ram.put(0x1008, 0x5000 | P)
+    mmu = ram.mmu(cr0=0x80010011, cr4=0x20, efer=0)
+    mmu.enter()
+    assert [(e.gfn, e.created) for e in named(mmu.take_events(), "get_page")] == [(2, True), (5, True)]
+    for _ in range(3):  # the third write takes the directory of the second
+        mmu.write_guest(0x5800, bytes(8))
+    assert [e.gfn for e in named(mmu.take_events(), "prepare_zap_page")] == [5]
+    mmu.enter()
+    assert [(e.gfn, e.created) for e in named(mmu.take_events(), "get_page")] == [(2, False), (5, True)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvmodel.mmu import ShadowMmu, SimAccess, SimSlot
-from tests.mmu.shadow_ram import ALL, Ram, named
+from hvmodel.mmu import HostMemory, ShadowMmu, SimAccess, SimSlot
+from tests.mmu.shadow_ram import ALL, MASKS, Ram, U, W, named
 
 
 def test_a_write_to_a_table_above_is_emulated_and_takes_what_was_made_of_it() -> None:
@@ -33,7 +33,8 @@ def test_the_third_write_takes_the_whole_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpa", "size", "goes"), [(0x3801, 8, True), (0x3800, 1, False), (0x3800, 2, True), (0x3800, 8, False)]
+    ("gpa", "size", "goes"),
+    [(0x3801, 8, True), (0x3800, 1, False), (0x3800, 2, True), (0x3800, 8, False), (0x3806, 4, False)],
 )
 def test_a_crooked_write_takes_the_whole_page(gpa: int, size: int, goes: bool) -> None:
     mmu = Ram(0x10000 | ALL).mmu()
@@ -151,6 +152,7 @@ def test_an_unsync_table_that_becomes_a_directory_goes() -> None:
     mmu.access(0)
     mmu.access(0x1000, "store", (0x9000 | ALL).to_bytes(8, "little"))
     ram.put(0x2008, 0x4000 | ALL)
+    ram.put(0x9000, 0x10000 | ALL)
     mmu.take_events()
     mmu.access(1 << 30)
     events = mmu.take_events()
@@ -159,7 +161,7 @@ def test_an_unsync_table_that_becomes_a_directory_goes() -> None:
 
 
 def test_many_unsync_tables_are_synchronised_part_by_part() -> None:
-    # 20 tables at 0x20000; page 0x4000 + 8 * (100 + i) maps the i-th.  Lists of KVM hold 16 pages, the PD and above too.
+    # 20 tables from 0x20000 on, each at an address too; KVM's lists hold 16 pages, with those of the levels above.
     ram = Ram(0x10000 | ALL)
     for i in range(20):
         ram.put(0x3000 + 8 * (i + 1), 0x20000 + 0x1000 * i | ALL)
@@ -188,3 +190,21 @@ def test_memory_of_several_pieces() -> None:
     mmu.access(0x1010, "store", b"12345678")
     mmu.write(0x1018, b"XY345678")
     assert bytes(extra[16:32]) == b"12345678XY345678"
+
+
+def test_slots_side_by_side() -> None:
+    mmu = Ram().mmu(slots=[SimSlot(0, 4), SimSlot(4, 4), SimSlot(0x100, 1)])
+    assert [mmu.slot_at(gfn) is not None for gfn in (0, 3, 4, 7, 8, 0xFF, 0x100)] == [1, 1, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_what_the_host_does_not_let_be_written_stays_so_when_it_is_synchronised(readonly: bool) -> None:
+    # Page 0x10 is read-only in the host's mapping, or not; the guest takes U from its entry, in a table that is unsync.
+    mmu = Ram(0x10000 | ALL, 0x4000 | ALL).mmu(host=HostMemory(readonly=[0x10] if readonly else []))
+    mmu.access(0)
+    mmu.access(0x1000, "store", (0x10000 | ALL & ~U).to_bytes(8, "little"))
+    mmu.mov_cr3(0x1000)
+    assert [e.gfn for e in named(mmu.take_events(), "sync_page")] == [4]
+    (table,) = [sp for sp in mmu.pages.active if sp.gfn == 4]
+    assert table.spt[0] & U == 0
+    assert bool(table.spt[0] & W) == bool(table.spt[0] & MASKS.host_writable_mask) == (not readonly)

@@ -20,7 +20,7 @@ from hvmodel.mmu import HostMemory, ShadowMmu, SimAccess, SimSlot, reset_all_pte
 from hvmodel.mmu.masks import ShadowMasks
 from hvmodel.witness.check_simulator import _Names, _ours
 from hvmodel.witness.shadow_program import SLOTS, GuestCopy, HostFrames, Player, Registers, Step
-from tests.mmu.shadow_ram import ALL, NX, A, P, Ram, U, W, large_ram, low, named
+from tests.mmu.shadow_ram import ALL, MASKS, NX, PS, A, P, Ram, U, W, check_books, large_ram, low, named
 
 FRAMES = 1 << 30
 DRIVER = 0xFFFFFF80_0020B000  # the lab's code for CPL 3, 16 bytes for each kind of access
@@ -92,6 +92,8 @@ def check(program: dict[str, Any]) -> None:
             assert names.same(our, their), f"{where}: {our} {their}"
         assert len(ours) == len(theirs), f"{where}: {ours[len(theirs) :]} {theirs[len(ours) :]}"
         assert (result.fault, result.mmio) == (fault, mmio), where
+        if at % 8 == 0:
+            check_books(player.mmu)
     assert [sorted(log) for log in player.logs] == program["logs"]
 
 
@@ -112,6 +114,14 @@ def test_the_records_show_everything() -> None:
         if event[0] == "set_spte"
     }
     assert levels == {1, 2}
+
+
+def test_what_is_there_unless_it_is_said() -> None:
+    mmu = Ram().mmu(cr3=0)
+    assert (mmu.cr0, mmu.cr3, mmu.cr4, mmu.efer) == (0x80010033, 0, 0x20, 0xD00)
+    assert mmu.root_role.word == 0x3704  # 4 levels, all access, NX, WP
+    assert mmu.max_pages == 64  # KVM_MIN_ALLOC_MMU_PAGES; 1 MiB would be 5
+    assert ShadowMmu(MASKS, bytearray(4096), [SimSlot(0, 5000)]).max_pages == 100  # a 50th
 
 
 def test_a_wrong_record_is_seen() -> None:
@@ -208,6 +218,31 @@ def test_a_large_page_of_guest_and_host_is_one_entry() -> None:
     mmu.access(0x123456)
     assert [(e.gfn, e.level, e.spte & 0xFFF) for e in named(mmu.take_events(), "set_spte")] == [(0x400, 2, 0xEE7)]
     assert mmu.translation(0x123456) == 0x523456
+
+
+def test_pages_of_1_gib() -> None:
+    # The first GiB is one page of guest and host; the tables lie behind it.
+    class Host(HostMemory):
+        def mapping_level(self, gfn: int) -> int:
+            return 3
+
+    tables, first = bytearray(0x3000), bytearray(0x6000)
+    tables[0x1000:0x1008] = (0x40002000 | ALL).to_bytes(8, "little")
+    tables[0x2000:0x2008] = (ALL | PS).to_bytes(8, "little")
+    mmu = ShadowMmu(
+        MASKS,
+        [(0, first), (1 << 30, tables)],
+        [SimSlot(0, 0x40000), SimSlot(0x40000, 3)],
+        host=Host(),
+        cr3=0x40001000,
+        gbpages=True,
+    )
+    mmu.access(0x5000)
+    assert [(e.gfn, e.level, e.spte & 0xFFF) for e in named(mmu.take_events(), "set_spte")] == [(0, 3, 0xEE7)]
+    assert mmu.translation(0x3FFFF123) == 0x3FFFF123
+    mmu.unmap_gfn_range(0x3FFFF, 0x40000)
+    assert mmu.translation(0x5000) is None
+    check_books(mmu)
 
 
 def test_dirty_logging_splits_it() -> None:
@@ -324,3 +359,42 @@ def test_supervisor_writes_to_read_only_pages_where_wp_is_clear() -> None:
 def test_bad_input(call: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         call()
+
+
+def test_mmio_entries_are_synchronised_too() -> None:
+    ram = Ram(0x300000 | ALL, 0x301000 | ALL, 0x4000 | ALL)
+    mmu = ram.mmu(reset_all_pte_masks(46))
+    for gva in (0, 0x1000):
+        mmu.access(gva)
+    # one leads to another frame, one may not be written any more
+    mmu.access(0x2000, "store", (0x302000 | ALL).to_bytes(8, "little"))
+    mmu.access(0x2008, "store", (0x301000 | P | U | A).to_bytes(8, "little"))
+    mmu.take_events()
+    mmu.mov_cr3(0x1000)
+    [event] = named(mmu.take_events(), "mark_mmio_spte")
+    assert (event.gfn, event.spte & 0x7) == (0x301, P | U)
+    assert mmu.access(0x8) == SimAccess(mmio=0x302008)
+    assert [e.gfn for e in named(mmu.take_events(), "mark_mmio_spte")] == [0x302]
+
+
+def test_addresses_of_entries() -> None:
+    mmu = Ram(0x10000 | ALL, 0x11000 | ALL).mmu(spt_pa=iter(range(0x1000, 0x10000, 0x1000)).__next__)
+    mmu.access(0x1000)
+    assert [(e.gfn, e.sptep) for e in named(mmu.take_events(), "set_spte")] == [(0x11, 0x4008), (0x10, 0x4000)]
+    assert mmu.sptes() == {(0x4008, 1): FRAME << 12 | 0x11E67, (0x4000, 1): FRAME << 12 | 0x10E47}
+
+
+def test_the_newest_page_of_a_table_comes_first() -> None:
+    # The PD leads to the table twice, once read-only: two shadow pages, and a write to the table makes both unsync.
+    ram = Ram(0x10000 | ALL, 0x4000 | ALL)
+    ram.put(0x3008, 0x4000 | P | U | A)
+    mmu = ram.mmu()
+    mmu.access(0)
+    mmu.access(0x200000)
+    mmu.take_events()
+    mmu.access(0x1000, "store")
+    assert [e.role >> 8 & 7 for e in named(mmu.take_events(), "unsync_page")] == [5, 7]
+    check_books(mmu)
+
+
+FRAME = 0x100000

@@ -141,6 +141,7 @@ def test_an_old_writable_leaf_is_not_asked_again() -> None:
         ("6.18", True, False, False),
         ("6.18", True, True, True),
         ("6.18", False, True, True),
+        ("6.13", True, True, True),
         ("6.12", True, True, False),
         ("6.12", True, False, False),
         ("6.12", False, False, True),
@@ -249,6 +250,9 @@ def test_memory_types() -> None:
 )
 def test_tables(masks: ShadowMasks, spte: int) -> None:
     assert make_nonleaf_spte(masks, 0x7FFF_F000) == 0x7FFF_F000 | spte
+    for level in (2, 3, 4, 5):
+        decoded = decode_spte(make_nonleaf_spte(masks, 0x1000), masks, level)
+        assert (decoded["address"], decoded.problems) == (1, ())
     accessed = masks.accessed_mask
     assert make_nonleaf_spte(masks, 0x1000, True) == 0x1000 | (spte & ~accessed) | AD_DISABLED
 
@@ -288,6 +292,7 @@ def test_a_tracked_entry_is_only_one_without_accessed_bits() -> None:
     assert not is_access_track_spte(EPT, MMU_PRESENT | AD_DISABLED | EX)
     # Before 6.13 an entry without A/D bits counts as accessed unless it is tracked.
     assert is_accessed_spte(OLD_NO_AD, MMU_PRESENT | AD_DISABLED | R)
+    assert is_accessed_spte(OLD_NO_AD, MMU_PRESENT | AD_DISABLED | EX)
     assert not is_accessed_spte(OLD_NO_AD, MMU_PRESENT | AD_DISABLED)
     assert not is_accessed_spte(OLD_EPT, MMU_PRESENT | R)
     assert is_accessed_spte(OLD_EPT, MMU_PRESENT | R | EPT_A)
@@ -647,7 +652,7 @@ def test_parts_of_a_leaf() -> None:
 @pytest.mark.parametrize(("level", "low"), [(2, 21), (3, 30)])
 def test_the_address_of_a_large_page_begins_at_its_size(masks: ShadowMasks, spte: int, level: int, low: int) -> None:
     decoded = decode_spte(spte | BIT[low], masks, level)
-    assert (decoded["address"], decoded.problems) == (1, ())
+    assert (decoded["address"], decoded["page_size"], decoded.problems) == (1, 1, ())
     assert f"address={1 << low:#x} " in f"{decoded} "
     assert decode_spte(spte | BIT[low - 1], masks, level).problems == (f"bit {low - 1} is reserved and set",)
     # Bit 12 is the PAT's in a page table, and reserved in EPT.

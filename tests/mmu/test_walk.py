@@ -9,8 +9,10 @@ import copy
 import itertools
 import pickle
 import random
+import struct
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hvmodel.arch.paging import PageTables
@@ -370,6 +372,53 @@ def test_faults_in_two_dimensions() -> None:
     assert (walk.fault.error_code & 9, walk.fault.exit_qualification) == (9, None)
 
 
+def test_pdptrs_in_two_dimensions() -> None:
+    inner, outer = PageTables(0x1000, "pae"), PageTables(0x10_0000)
+    inner.map(0x4040_0000, 0x9000, 0x1000)
+    outer.map(0, 0, 1 << 20, page_size=4096, user=True)
+    memory = [(inner.cr3, inner.image()), (outer.cr3, outer.image())]
+    registers: dict[str, Any] = {**MODES["pae"], "cr3": inner.cr3}
+    held = struct.unpack_from("<4Q", inner.image())
+    read = NestedWalker(Walker(memory, cr3=outer.cr3), **registers).walk(0x4040_0123)
+    walk = NestedWalker(Walker(memory, cr3=outer.cr3), pdptrs=held, **registers).walk(0x4040_0123)
+    assert walk.gpa == read.gpa == 0x9123
+    own = [entry for entry in walk.entries if not entry.nested]
+    assert [entry.level for entry in own] == [3, 2, 1]
+    assert own == [entry for entry in read.entries if not entry.nested]
+    assert "".join("n" if entry.nested else "G" for entry in walk.entries) == "GnnnnGnnnnGnnnn"
+    assert "".join("n" if entry.nested else "G" for entry in read.entries) == "nnnnGnnnnGnnnnGnnnn"
+
+
+def test_one_entry_at_all_levels() -> None:
+    # The root's entry leads to the root: four entries are one.  KVM's second cmpxchg fails, and it walks again.
+    memory = image({0x1000: 0x1007}, 0x2000)
+    assert Walker(memory, cr3=0x1000).walk(0, W, update=True).gpa == 0x1000
+    assert memory == image({0x1000: 0x1067}, 0x2000)
+    outer = PageTables(0x10_0000)
+    outer.map(0, 0, 1 << 20, page_size=4096, user=True)
+    memory = image({0x1000: 0x1007}, 0x2000)
+    nested = Walker(GuestMemory([(0, memory), (outer.cr3, bytearray(outer.image()))]), cr3=outer.cr3)
+    assert NestedWalker(nested, cr3=0x1000).walk(0, W, update=True).gpa == 0x1000
+    assert memory == image({0x1000: 0x1067}, 0x2000)
+
+
+def test_an_entry_that_changes_on_the_way_in_two_dimensions() -> None:
+    held, inner, outer = two_dimensions(False)
+    seen: list[int] = []
+
+    def write(gpa: int, data: bytes) -> None:
+        seen.append(gpa)
+        held[gpa : gpa + 8] = data
+        if gpa == 0x20_1000:  # the guest's root entry: somebody makes the page another one
+            held[0x20_4000:0x20_4008] = (0xA007).to_bytes(8, "little")
+
+    nested = Walker(GuestMemory([(0, held)], write=write), cr3=outer.cr3)
+    walk = NestedWalker(nested, cr3=inner.cr3).walk(0x40_0123, W, update=True)
+    assert walk.guest_gpa == 0xA123
+    assert int.from_bytes(held[0x20_4000:0x20_4008], "little") == 0xA067
+    assert seen.count(0x20_1000) == 1
+
+
 def test_a_and_d_in_two_dimensions() -> None:
     memory, inner, outer = two_dimensions(True)
     before = bytes(memory)
@@ -499,18 +548,34 @@ def test_addresses_and_accesses_that_are_none(arguments: dict[str, int], bits: i
             for gva in (-1, last + 1, -(1 << 70)):
                 with pytest.raises(ArgumentError):
                     walk(gva)
-            for wrong in (1.5, "0", None, b""):
+            for wrong in (1.5, "0", None, b"", True, np.int64(5), np.uint64(5)):
                 with pytest.raises(ArgumentTypeError):
                     walk(wrong)  # type: ignore[arg-type]  # is what is asked
             for access in (8, 0x20, 1 << 60, -1):
                 with pytest.raises(ArgumentError):
                     walk(0, access)
-            with pytest.raises(ArgumentTypeError):
-                walk(0, "w")  # type: ignore[arg-type]  # is what is asked
+            walk(0, W)
+            for kind in ("w", "", None, 2.0, 0.0, False, True):  # some of them equal to one that is known
+                with pytest.raises(ArgumentTypeError):
+                    walk(0, kind)  # type: ignore[arg-type]  # is what is asked
         with pytest.raises(ArgumentError):
             walks.function(8)
         with pytest.raises(ArgumentError):
             walks.function(0)(-1)
+
+
+@pytest.mark.parametrize(("kind", "level"), [("paging64", 2), ("paging64", 6), ("paging32", 3), ("ept", 3), ("npt", 4)])
+def test_levels_that_are_none(kind: str, level: int) -> None:
+    mmu = GuestMmu(kind=kind, level=level, root=0, rsvd=GuestMmu.of().rsvd, permissions=bytes(16))
+    with pytest.raises(ArgumentError) as caught:
+        Walker.of(bytes(0x1000), mmu)
+    assert caught.value.field == "mmu"
+
+
+def test_pdptrs_of_another_type() -> None:
+    for pdptrs in (5, "1234", ("1", 2, 3, 4)):
+        with pytest.raises(ArgumentTypeError):
+            Walker(bytes(0x1000), pdptrs=pdptrs, **MODES["pae"])  # type: ignore[arg-type]  # is what is asked
 
 
 def test_a_closed_walker_holds_nothing() -> None:
@@ -590,3 +655,21 @@ def test_the_low_bits_of_an_eptp(bit: int) -> None:
         with pytest.raises(ArgumentError, match="eptp="):
             Walker.ept(bytes(0x2000), eptp=other)
     assert not Walker.ept(bytes(0x2000), eptp=eptp).mmu.have_ad
+
+
+@pytest.mark.parametrize(
+    ("registers", "size"),
+    [
+        ({}, 4096),
+        ({"cr4": PAE | LA57}, 4096),
+        ({"cr0": PG | PE, "cr4": 0, "efer": 0}, 4096),
+        ({"cr0": PG | PE, "cr4": PAE, "efer": 0}, 32),  # four PDPTEs of 8 bytes
+    ],
+)
+def test_an_image_that_just_holds_the_root(registers: dict[str, int], size: int) -> None:
+    assert Walker(bytes(0x1000 + size), cr3=0x1000, **registers).walk(0).error_code == 0  # type: ignore[arg-type]
+    above = [(0x1000, bytes(size))]
+    assert Walker(above, cr3=0x1000, **registers).walk(0).error_code == 0  # type: ignore[arg-type]
+    for held, cr3 in ((bytes(0x1000 + size - 1), 0x1000), (above, 0), (above, 0x2000)):
+        with pytest.raises(ArgumentError, match="Walker: memory"):
+            Walker(held, cr3=cr3, **registers)  # type: ignore[arg-type]

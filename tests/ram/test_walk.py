@@ -158,6 +158,13 @@ def test_kinds_of_addresses() -> None:
         assert len(found) == len(given) == len(found.gpa)
         assert found.gva.dtype == np.uint64
     assert walk_many(walks, [1 << 63, 5]).gva.tolist() == [1 << 63, 5]
+    assert walk_many(walks, np.array([1, 1 << 40], ">u8")).gva.tolist() == [1, 1 << 40]
+    mine = np.arange(3, dtype=np.uint64)
+    mine.flags.writeable = False
+    found = walk_many(walks, mine)
+    mine.flags.writeable = True
+    mine[0] = 7
+    assert found.gva.tolist() == [0, 1, 2]
     assert repr(walk_many(walks, [1, 2])) == "<Walks of 2 addresses, 0 lead somewhere>"
 
 
@@ -167,7 +174,7 @@ def test_addresses_that_are_none(gvas: object) -> None:
         walk_many(Walker(bytes(0x1000)), gvas)  # type: ignore[arg-type]  # is what is asked
 
 
-@pytest.mark.parametrize("gvas", [[1.0], ["a"], None, [None], [True], b"12"])
+@pytest.mark.parametrize("gvas", [[1.0], ["a"], None, [None], [True], b"12", [[1], [2, 3]], [1j]])
 def test_addresses_of_another_type(gvas: object) -> None:
     with pytest.raises(ArgumentTypeError):
         walk_many(Walker(bytes(0x1000)), gvas)  # type: ignore[arg-type]  # is what is asked

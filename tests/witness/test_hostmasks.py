@@ -95,6 +95,10 @@ def test_a_client_processor_with_l1tf() -> None:
     # A server of the same years: its cache looks at what CPUID says.
     server = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 46, 46, 6, 0x55, True, EPT_VPID_CAP))
     assert server.masks.nonpresent_or_rsvd_mask == sum(BIT[41:46])
+    # A cache that looks at 47 bits or more leaves no room (spte.c kvm_mmu_reset_all_pte_masks).
+    wide = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 47, 47, 6, 0x55, True, EPT_VPID_CAP))
+    assert (wide.masks.nonpresent_or_rsvd_mask, len(wide.masks.warnings)) == (0, 1)
+    assert wide.source("nonpresent_or_rsvd_mask") == "L1TF (given), 47 address bits of the cache, which leave no room"
     # The kernel takes the width of CPUID for the cache's (get_cpu_address_sizes), before bits of a key go.
     keys = host_masks(HostFacts("6.12.9", "kvm_intel", INTEL, 46, 42, 6, 0x55, True, EPT_VPID_CAP))
     assert keys.masks.nonpresent_or_rsvd_mask == sum(BIT[41:46])
@@ -448,6 +452,21 @@ def test_the_kernels_sptes_agree() -> None:
     assert result.mismatches == 0, result.examples
     assert result.compared >= 15
     assert any("manual only" in text for text in result.lacking)
+
+
+@pytest.mark.parametrize(
+    ("facts", "unseen"),
+    [
+        (XEON, ["shadow paging", "NPT"]),
+        (EPYC, ["EPT"]),
+        (HostFacts("6.18.0", "kvm_pvm", (), 46, 46, l1tf=False), ["NPT", "EPT"]),
+    ],
+)
+def test_what_a_host_cannot_show_is_said(facts: HostFacts, unseen: list[str]) -> None:
+    texts = check_masks._manual_only(host_masks(facts))
+    assert [text.partition("masks of ")[2] for text in texts if "masks of " in text][: len(unseen)] == unseen
+    assert all(text.startswith("manual only: ") for text in texts)
+    assert any("MMIO SPTEs" in text for text in texts) == (not host_masks(facts).masks.enable_mmio_caching)
 
 
 def test_the_rules_are_those_of_this_kernel() -> None:
