@@ -17,6 +17,7 @@ hvmodel.mmu.simulate.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from ..mmu.shadow_page import MmuEvent, SimSlot
 from ..mmu.simulate import ShadowMmu
@@ -27,7 +28,7 @@ from .shadow_program import ABSENT, FAKE_PFN, SLOTS, GuestCopy, HostFrames, Prog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any, Self
 
     from ..mmu.masks import ShadowMasks
@@ -45,6 +46,7 @@ _EVENTS = (
     "kvmmmu:kvm_mmu_spte_requested",
     "kvm:kvm_userspace_exit",
 )
+_KINDS = ("load", "store", "load8", "store8", "xchg", "invlpg", "cr3")  # of accesses with an instruction of the driver
 _PER_LAB = 64  # programs in one VM
 _ADDRESS = (1 << 52) - PAGE_SIZE
 _STACKS = 64 * 1024  # of the driver's slot: KVM writes there when it delivers exceptions
@@ -72,8 +74,7 @@ class ShadowLab:
         from contextlib import ExitStack
 
         from ..host.pagemap import Category, PageMap
-        from .lab import _STUB, DRIVER, LabSlot, MmuLab
-        from .lab import _USER as _USER_WINDOW
+        from .lab import LabSlot, MmuLab
 
         if masks is None:
             from .hostmasks import host_masks
@@ -93,7 +94,7 @@ class ShadowLab:
             self._pagemap = stack.enter_context(PageMap())
             stack.pop_all()
         #: Where the driver's code of each kind of access is, for CPL 3.
-        self.driver = {kind: DRIVER + _USER_WINDOW + stub for kind, stub in _STUB.items()}
+        self.driver = {kind: self.lab.stub(kind) for kind in _KINDS}
         starts = [0, *(gpa for gpa, *_ in SLOTS)]
         self.memory = GuestCopy([(gpa, bytearray(self.lab.view(at))) for at, gpa in enumerate(starts)])
         self.host = HostFrames()
@@ -104,8 +105,6 @@ class ShadowLab:
         self._frames: dict[int, dict[int, int]] = {}
         self._huge: dict[int, list[int]] = {}
         self._changed = set(range(len(SLOTS) + 1))
-        assert self.lab._trace is not None
-        self.lab._trace.resume()
         entries = {entry.function: entry for entry in self.lab.vcpu.get_cpuid2()}
         vendor = b"".join(word.to_bytes(4, "little") for word in (entries[0].ebx, entries[0].edx, entries[0].ecx))
         #: What of the simulator's arguments is this host's.
@@ -164,7 +163,7 @@ class ShadowLab:
     def _set_registers(self, registers: Registers) -> None:
         lab = self.lab
         lab.cr0, lab.cr3, lab.cr4, lab.efer = registers.cr0, registers.cr3, registers.cr4, registers.efer
-        lab._set_sregs(True)
+        lab.load_registers()
 
     def _look_at_host(self) -> None:
         # Memory as programs begin with it, and the host's frames for it; what no program changed is known.
@@ -177,20 +176,25 @@ class ShadowLab:
                 lab.set_flags(at, SLOTS[at - 1][2])
             if at in self._changed:
                 self._renew(at)
-                first, last, _, hva = lab._memory[at]
-                words = enumerate(self._pagemap.words(hva, last - first), first >> 12)
+                first, hva, size = self._place(at)
+                words = enumerate(self._pagemap.words(hva, size), first >> 12)
                 self._frames[at] = {gfn: word & (1 << 55) - 1 for gfn, word in words if word >> 63}
                 self._huge[at] = self._huge_pages(at)
             host.frames.update(self._frames[at])
             host.huge_ranges.update(self._huge[at])
         self._changed.clear()
 
+    def _place(self, at: int) -> tuple[int, int, int]:
+        # Where slot `at` is for the guest, where for the host, and its size.
+        mapping = self.lab.mapping(at)
+        return SLOTS[at - 1][0] if at else 0, int(mapping.hva), mapping.size
+
     def _renew(self, at: int) -> None:
         # Brings a slot's memory back to how programs begin.
         if not at:
             return
         gpa, size, _, huge, there = SLOTS[at - 1]
-        mapping = self.lab._memory[at][2]
+        mapping = self.lab.mapping(at)
         if huge and len(self._huge_pages(at)) < size // (2 * MiB):
             mapping.advise("dontneed")
             self.poke(gpa, b"\xee" * size)
@@ -202,8 +206,8 @@ class ShadowLab:
 
     def _huge_pages(self, at: int) -> list[int]:
         # First frames of the 2 MiB of a slot that the host maps by one entry.
-        first, last, _, hva = self.lab._memory[at]
-        found = self._pagemap.scan(hva, hva + last - first, mask=self._category)
+        first, hva, size = self._place(at)
+        found = self._pagemap.scan(hva, hva + size, mask=self._category)
         return [
             (first + start - hva) >> 12
             for region in found.regions
@@ -216,22 +220,17 @@ class ShadowLab:
         """Run a program in the lab: what each of its accesses came to.  Its dirty logs go to `logs`."""
         from .lab import Access
 
-        lab = self.lab
-        trace = lab._trace
-        assert trace is not None
-        seen: list[Any] = []
         self.logs = []
         self._changed.add(ABSENT + 1)
-        trace.read_raw()  # of what was before
+        steps: list[Access | Callable[[], object]] = []
         for step in program.steps:
             if step.is_access:
-                access = Access(step.gva, step.what, step.user, step.value)
-                seen.append((access, lab._one(access)))
+                steps.append(Access(step.gva, step.what, step.user, step.value))
             elif step.registers is not None:
-                self._set_registers(step.registers)
+                steps.append(partial(self._set_registers, step.registers))
             else:
-                self._host_step(step)
-        return lab._give(trace, seen, trace.read_raw())
+                steps.append(partial(self._host_step, step))
+        return self.lab.run(steps)
 
     def _host_step(self, step: Step) -> None:
         lab, slot = self.lab, step.slot + 1
@@ -245,7 +244,7 @@ class ShadowLab:
         else:
             self._changed.add(slot)
             size = min(step.count, SLOTS[step.slot][1] // PAGE_SIZE - step.first) * PAGE_SIZE
-            lab._memory[slot][2].advise("dontneed", step.first * PAGE_SIZE, size)
+            lab.mapping(slot).advise("dontneed", step.first * PAGE_SIZE, size)
 
 
 # ---- comparison ----

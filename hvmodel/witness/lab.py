@@ -20,12 +20,11 @@ What `records` do not have, and nothing else: the entries read on the way to the
 kernel, by value), the exits of a KVM_RUN that a signal interrupted, and kvm_unmap_hva_range of memory that is not the
 lab's.  The walks of the driver's pages are there, but not in `walks` and `own`.
 
-    >>> from hvmodel.witness.lab import Access, MmuLab                                    # doctest: +SKIP
-    >>> with MmuLab() as lab:                                                             # doctest: +SKIP
-    ...     ram = lab.slots[0].gpa
-    ...     lab.map(0x40_0000, ram + 0x10_0000)
-    ...     [seen] = lab.run([Access(0x40_0000, "store", user=True)])
-    ...     seen.own[0].entries, seen.fault
+    with MmuLab() as lab:
+        ram = lab.slots[0].gpa
+        lab.map(0x40_0000, ram + 0x10_0000)
+        [seen] = lab.run([Access(0x40_0000, "store", user=True)])
+        print(seen.own[0].entries, seen.fault)
 """
 
 from __future__ import annotations

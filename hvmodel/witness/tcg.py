@@ -169,11 +169,10 @@ class TcgWalks:
     Calls: memfd_create(2), mmap(2), socketpair(2), and those of `Qemu`.
     Threads: any, one at a time; the one that makes it must outlive it.
 
-    >>> with TcgWalks() as tcg:  # doctest: +SKIP
-    ...     tcg.set_root("4-level", FREE)
-    ...     done = tcg.run([TcgAccess(0x8000000000, "load", 0x80000011, FREE, 0x20, 0x100)])
-    ...     done[0].vector, done[0].error, hex(done[0].cr2)
-    (14, 0, '0x8000000000')
+        with TcgWalks() as tcg:
+            tcg.set_root("4-level", FREE)
+            done = tcg.run([TcgAccess(0x8000000000, "load", 0x80000011, FREE, 0x20, 0x100)])
+            print(done[0].vector, done[0].error, hex(done[0].cr2))  # 14 0 0x8000000000
     """
 
     def __init__(self, ram: int = 1 << 37, *, timeout: float = 60.0) -> None:
