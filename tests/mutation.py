@@ -24,12 +24,12 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
 import os
-import random
 import resource
 import select
 import signal
@@ -225,12 +225,17 @@ def mutants(module: str) -> tuple[Mutant, ...]:
 def sample(count: int, seed: int, names: list[str] | None = None, *, explained: bool = False) -> list[Mutant]:
     """`count` mutants, about as many of each module, none twice; the same for the same seed.
 
-    `explained`: those in EXPLAINED, else those that are not.
+    `explained`: those in EXPLAINED, else those that are not.  Each mutant has its rank by itself, so that an edit of
+    the models changes the draw by the lines it touches and no more.
     """
-    rng = random.Random(seed)
     piles = {name: [one for one in mutants(name) if (one.key in EXPLAINED) == explained] for name in names or modules()}
     for pile in piles.values():
-        rng.shuffle(pile)
+        seen: dict[tuple[str, str, str], int] = {}
+        ranks = {}
+        for one in pile:
+            seen[one.key] = nth = seen.get(one.key, 0) + 1
+            ranks[one.place] = hashlib.sha256(repr((seed, one.key, nth)).encode()).digest()
+        pile.sort(key=lambda one, ranks=ranks: ranks[one.place])  # type: ignore[misc]
     chosen: list[Mutant] = []
     while len(chosen) < count and any(piles.values()):
         for pile in piles.values():

@@ -343,7 +343,8 @@ def _broken(core: tuple[int, ...], limits: SregsLimits) -> list[str]:
 
 
 def _apic_allowed(limits: SregsLimits) -> int:
-    return ((1 << limits.phys_bits) - 1) & ~(_APIC_RESERVED | (0 if limits.x2apic else _EXTD)) & ALL
+    reserved = _APIC_RESERVED | ALL << limits.phys_bits
+    return ALL & ~(reserved if limits.x2apic else reserved | _EXTD)
 
 
 def _explain(rule: str, core: tuple[int, ...], limits: SregsLimits) -> Violation:

@@ -307,7 +307,8 @@ class ShadowMmu(ShadowRoots):
     def read(self, gva: int, size: int = 8, *, fetch: bool = False) -> SimAccess:
         """A load, or a fetch, at CPL 0 made by KVM's emulator."""
         self._enter()
-        result = self._walk_addr(number("ShadowMmu.read", "gva", gva), bool(fetch) * PFERR_FETCH_MASK)
+        access = PFERR_FETCH_MASK if fetch else _KINDS["load"]
+        result = self._walk_addr(number("ShadowMmu.read", "gva", gva), access)
         if isinstance(result, int):
             self._inject(gva, result)
             return SimAccess(fault=result)

@@ -514,3 +514,24 @@ def test_each_field_has_64_bits(path: str) -> None:
         with pytest.raises(ArgumentError) as caught:
             sregs_violations({path: value}, SregsLimits())
         assert (caught.value.field, caught.value.value) == (path, value)
+
+
+def test_a_guest_without_a_width_has_36_bits() -> None:
+    # KVM's cpuid_query_maxphyaddr where CPUID has no leaf 0x80000008 (arch/x86/kvm/cpuid.c@v6.18): the first processors
+    # with PAE had 36.
+    assert SregsLimits().phys_bits == SregsLimits.of([]).phys_bits == 36
+
+
+@pytest.mark.parametrize("x2apic", [False, True])
+def test_what_an_apic_base_may_have(x2apic: bool) -> None:
+    # Bits 7:0 and 9 are reserved, 10 goes with x2APIC, and from the width of an address on all are (SDM volume 3,
+    # figure 12-26); each bit alone, with the APIC enabled (11).
+    limits = SregsLimits(phys_bits=40, x2apic=x2apic)
+    allowed = {8, *range(11, 40), *([10] if x2apic else [])}
+    for bit in range(64):
+        base = {"cr0": 0x60000010, "apic_base": 1 << bit | 1 << 11}
+        broken = [one for one in sregs_violations(base, limits) if one.field == "apic_base"]
+        assert bool(broken) == (bit not in allowed), bit
+        for one in broken:
+            accepted = one.accepted or ""
+            assert hex(sum(1 << bit for bit in allowed)) in accepted or bit == 10, (bit, accepted)
