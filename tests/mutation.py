@@ -53,6 +53,17 @@ MEMORY = 8 << 30  # address space; QEMU, started by a test, has the same limit
 
 # Survivors that are right to survive: (module, line of source without its indent, change): why no test can see it.
 EXPLAINED: dict[tuple[str, str, str], str] = {
+    (
+        "mmu.shadow_roots",
+        'pdpte = int.from_bytes(self._read(self.guest.entry_gpa(0, 3, index << 30), 8), "little")',
+        "0x8 -> 0x10",
+    ): "of the next entry, which is above bit 63, nothing is looked at",
+    ("mmu.shadow_tree", "if self.pages.used > wanted:", "Gt -> GtE"): "where both are equal, no page is zapped",
+    (
+        "mmu.simulate",
+        "_TRIES = 64  # times that one access may fault: more is a bug of the model",
+        "0x40 -> 0x80",
+    ): "a bound that no access comes to",
     ("mmu.walk", "rflags: int = 2,", "0x2 -> 0x4"): "bit 1 is always 1; a walk looks at AC, bit 18, alone",
 }
 

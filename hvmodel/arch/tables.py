@@ -120,7 +120,7 @@ def _tss(call: str, layout: tuple[tuple[str, int, int], ...], size: int, fields:
 
 def _with_ports(data: bytearray, call: str, ports: Ports) -> bytes:
     bitmap = io_bitmap(ports, call)
-    data[_IOMAP : _IOMAP + 2] = _TSS_SIZE.to_bytes(2, "little")  # of no bitmap: the first offset beyond the limit
+    data[_IOMAP:] = _TSS_SIZE.to_bytes(2, "little")  # of no bitmap: the first offset beyond the limit
     return bytes(data) + bitmap
 
 

@@ -535,3 +535,20 @@ def test_what_an_apic_base_may_have(x2apic: bool) -> None:
         for one in broken:
             accepted = one.accepted or ""
             assert hex(sum(1 << bit for bit in allowed)) in accepted or bit == 10, (bit, accepted)
+
+
+@pytest.mark.parametrize("field", ["cr0", "cr3", "cr4", "efer", "cs.l", "apic_base", "flags"])
+def test_a_field_that_is_not_given_is_0(field: str) -> None:
+    rng = random.Random(7)
+    for _ in range(300):
+        state = {
+            "cr0": rng.choice([0, 1, 0x80000001, 0x60000010]),
+            "cr3": rng.choice([0, 0x1000, 1 << 60]),
+            "cr4": rng.choice([0, 0x20]),
+            "efer": rng.choice([0, 0x100, 0x500]),
+            "cs.l": rng.choice([0, 1]),
+            "apic_base": rng.choice([0, 0xFEE00900, 0xFEE00400]),
+            "flags": rng.choice([0, 1]),
+        }
+        absent = {name: value for name, value in state.items() if name != field}
+        assert sregs_violations(absent, SregsLimits()) == sregs_violations(absent | {field: 0}, SregsLimits())

@@ -166,6 +166,8 @@ def test_the_last_addresses() -> None:
     assert tables.translate(2**64 - 1) == 2**52 - 1
     assert tables.translate(2**47 - 1) == 0x1FFF
     assert tables.ranges()[-1] == (2**64 - 0x1000, 2**52 - 0x1000, 0x1000)
+    tables.map(2**46 - 0x1000, 0x10000, 0x2000)  # a quarter is no end
+    assert tables.translate(2**46) == 0x11000
     for mode in ("32bit", "pae"):
         middle = PageTables(0, mode)
         middle.map(2**31 - 0x1000, 0, 0x2000)  # 32 bits are no halves

@@ -222,3 +222,9 @@ def test_fields_by_the_manuals() -> None:
         assert DR7[f"RW{at}"] == 0b11 << 16 + 4 * at
         assert DR7[f"LEN{at}"] == 0b11 << 18 + 4 * at
     assert (CR8.TPL, RFLAGS.IOPL) == (0xF, 0x3000)
+
+
+def test_what_is_no_number_is_no_value() -> None:
+    with pytest.raises(ValueError, match="PG"):
+        CR0("PG")
+    assert int(CR0(1 << 70 | 1)) == 1 << 70 | 1  # of more than 64 bits nothing is cut

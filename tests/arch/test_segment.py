@@ -233,6 +233,14 @@ def test_known_gates() -> None:
     assert bytes(Gate(8, 0x1234, SystemType.CALL16, count=5, wide=False)).hex() == "3412080005840000"
 
 
+@pytest.mark.parametrize("bit", range(96, 128))
+def test_the_last_word_of_a_wide_gate_is_reserved(bit: int) -> None:
+    # Intel SDM volume 3, figure 6-8: bits 127:96.
+    word = int.from_bytes(bytes(Gate(0x10, 0x8100_0ABC)), "little")
+    with pytest.raises(ArgumentError, match="reserved"):
+        Gate.from_bytes((word | 1 << bit).to_bytes(16, "little"))
+
+
 @given(st.binary(min_size=8, max_size=8))
 def test_eight_bytes_back_and_forth(data: bytes) -> None:
     try:

@@ -276,7 +276,10 @@ def test_the_mitigation_makes_large_pages_not_executable() -> None:
     assert next((e.gfn, e.level, e.spte >> 63) for e in named(events, "set_spte")) == (0x407, 1, 0)
     # from now on a small page stands there, and a load makes no large one of it
     mmu.access(0x9000)
-    assert {e.level for e in named(mmu.take_events(), "set_spte")} == {1}
+    events = named(mmu.take_events(), "set_spte")
+    assert {e.level for e in events} == {1}
+    # in the frame of its own, 9 pages into the huge one (HostMemory: frame 0x100000 + gfn)
+    assert {e.gfn: e.spte >> 12 & 0xFFFFFFFFFF for e in events}[0x409] == 0x100409
 
 
 def test_host_pages_that_may_not_be_written() -> None:
