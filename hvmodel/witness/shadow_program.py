@@ -448,6 +448,9 @@ class Program:
         if what < 0.44:
             return [self._store(gva)]
         if what < 0.53:
+            # KVM reads the 15 bytes that an instruction may have; where they go on in the next page, it walks that too
+            # (and sets A there), which no access of the guest does.
+            gva -= 8 * (gva % PAGE_SIZE == PAGE_SIZE - 8)
             return [Step("fetch", gva) if self._may_fetch(gva) else Step("load", gva)]
         if what < 0.66:
             return self._edit(rnd.choice(self._hot) if self._hot and rnd.random() < 0.7 else gva)

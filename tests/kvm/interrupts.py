@@ -195,6 +195,9 @@ def worker(rounds: int) -> None:
                     thread.join(30)
             except KeyboardInterrupt:
                 pass
+            except RuntimeError as error:  # join() of Python 3.11, interrupted between two of its lines
+                if str(error) != "release unlocked lock" or not isinstance(error.__context__, KeyboardInterrupt):
+                    raise
             assert done.wait(30)
             assert got == [hv.Interrupted("signal")], got
 
